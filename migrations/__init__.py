@@ -1,0 +1,1 @@
+"""The database schema, one Alembic revision per change."""
