@@ -1,0 +1,274 @@
+"""
+Read the pickle inside a torch zip without running it.
+
+``pickletools`` splits the bytes into opcodes; the machine below knows the few that a state dict needs and
+a few callables by name, none of which it calls: each only makes a description. Everything else is
+refused. Source: the pickle opcodes as documented in ``pickletools``; the persistent ids and rebuild
+functions of ``torch.serialization`` and ``torch._utils``.
+"""
+
+import pickletools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import DamagedFile, PickledModule, Problem, UnsafePickle, UnsupportedFormat
+from common.formats.model import ITEM_BYTES, TensorInfo, contiguous_stride
+
+MAX_OPCODES = 2_000_000
+"""Opcodes in the description: about thirty per tensor."""
+
+MAX_RANK = 8
+"""Dimensions of a tensor; a convolution over volumes has five."""
+
+MAX_ELEMENTS = 1 << 40
+"""Elements of a tensor, so that products of shapes stay small numbers."""
+
+_STORAGE_DTYPES: Mapping[str, str] = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+_PLAIN_CALLS = frozenset({"torch Size", "torch device"})
+_CALLS = _PLAIN_CALLS | {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+}
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A callable that the pickle names."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """The bytes of a tensor."""
+
+    key: str
+    dtype: str
+    elements: int
+
+
+@dataclass(frozen=True)
+class _Opaque:
+    """A value that is allowed, and that nothing here looks into."""
+
+    name: str
+
+
+class _NamedDict(dict[Any, Any]):
+    """An ``OrderedDict``, which may be given attributes such as ``_metadata``."""
+
+
+_MARK = object()
+_CONSTANTS: Mapping[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_LITERALS = frozenset(
+    {
+        "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
+        "SHORT_BINBYTES", "BINBYTES",
+    }
+)  # fmt: skip
+
+
+def walk(pickled: bytes, *, storage_bytes: Mapping[str, int]) -> object:
+    """
+    Return what a ``data.pkl`` describes, with ``TensorInfo`` in place of tensors.
+
+    Args:
+        pickled: The member's bytes.
+        storage_bytes: The size of each storage in the zip, by key.
+
+    Raises:
+        PickledModule: It describes a module, not a state dict.
+        UnsafePickle: It names other code.
+        DamagedFile: It is no pickle, or does not match its storages.
+    """
+    try:
+        return _Machine(storage_bytes).run(pickled)
+    except UnsafePickle as exc:
+        if _names_a_module(pickled):
+            raise PickledModule from exc
+        raise
+    except Problem:
+        raise
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise DamagedFile("The description of the tensors (data.pkl) is damaged.") from exc
+
+
+def _names_a_module(pickled: bytes) -> bool:
+    """Return whether the pickle names a class of ``torch.nn``, as every pickled module does."""
+    return b"torch.nn.modules" in pickled
+
+
+class _Machine:
+    """The pickle machine, for descriptions only."""
+
+    def __init__(self, storage_bytes: Mapping[str, int]) -> None:
+        self._storage_bytes = storage_bytes
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self, pickled: bytes) -> object:
+        stack = self._stack
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(pickled)):
+            if count > MAX_OPCODES:
+                raise UnsupportedFormat("The description of the tensors is implausibly long.")
+            name = opcode.name
+            if name == "STOP":
+                if position is None or position + 1 != len(pickled) or len(stack) != 1:
+                    raise ValueError("bytes after the end, or values left over")
+                return stack[0]
+            if name in _LITERALS:
+                stack.append(argument)
+            elif name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            else:
+                self._step(name, argument)
+        raise ValueError("the pickle has no end")
+
+    def _step(self, name: str, argument: Any) -> None:  # noqa: C901, PLR0912 - one case per opcode
+        stack = self._stack
+        match name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                stack.append(_MARK)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE":
+                stack.append(tuple(self._pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self._pop(int(name[-1]))))
+            case "BINPUT" | "LONG_BINPUT":
+                self._memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[argument])
+            case "APPEND":
+                (value,) = self._pop(1)
+                self._list().append(value)
+            case "APPENDS":
+                values = self._pop_to_mark()
+                self._list().extend(values)
+            case "SETITEM":
+                self._set_items(self._pop(2))
+            case "SETITEMS":
+                self._set_items(self._pop_to_mark())
+            case "GLOBAL":
+                stack.append(_global(argument))
+            case "STACK_GLOBAL":
+                module, attribute = self._pop(2)
+                stack.append(_global(f"{module} {attribute}"))
+            case "BINPERSID":
+                stack.append(self._storage(stack.pop()))
+            case "REDUCE":
+                function, arguments = self._pop(2)
+                stack.append(_call(function, arguments))
+            case "BUILD":
+                self._pop(1)  # attributes such as _metadata, which say nothing of the tensors
+                if not isinstance(stack[-1], _NamedDict):
+                    raise UnsafePickle("The pickle sets attributes of an object.")
+            case _:
+                raise UnsafePickle(f"The pickle uses {name}, which no state dict needs.")
+
+    def _pop(self, count: int) -> list[Any]:
+        if len(self._stack) < count:
+            raise IndexError("the stack is empty")
+        values = self._stack[-count:]
+        del self._stack[-count:]
+        if any(value is _MARK for value in values):
+            raise ValueError("a mark is no value")
+        return values
+
+    def _pop_to_mark(self) -> list[Any]:
+        values: list[Any] = []
+        while (value := self._stack.pop()) is not _MARK:
+            values.append(value)
+        return values[::-1]
+
+    def _list(self) -> list[Any]:
+        if not isinstance(self._stack[-1], list):
+            raise TypeError("not a list")
+        return self._stack[-1]
+
+    def _set_items(self, flat: list[Any]) -> None:
+        target = self._stack[-1]
+        if not isinstance(target, dict) or len(flat) % 2:
+            raise TypeError("not a dict, or a key without a value")
+        for key, value in zip(flat[::2], flat[1::2], strict=True):
+            if not isinstance(key, str | int | float | bool | None):
+                raise TypeError("not a plain key")
+            target[key] = value
+
+    def _storage(self, persistent_id: Any) -> _Storage:
+        kind, storage_type, key, _location, elements = persistent_id
+        if kind != "storage" or not isinstance(storage_type, _Global) or not isinstance(key, str):
+            raise ValueError("not a storage")
+        dtype = _STORAGE_DTYPES[storage_type.name.removeprefix("torch ")]
+        if type(elements) is not int or self._storage_bytes[key] != elements * ITEM_BYTES[dtype]:
+            raise DamagedFile(f"Storage {key!r} is not as long as it is said to be.")
+        return _Storage(key, dtype, elements)
+
+
+def _global(name: str) -> _Global | _Opaque:
+    module, _, attribute = name.partition(" ")
+    if name in _CALLS or (module == "torch" and attribute in _STORAGE_DTYPES):
+        return _Global(name)
+    if module == "torch" and attribute in ITEM_BYTES:  # a dtype, such as torch.float32
+        return _Opaque(name)
+    raise UnsafePickle(f"The pickle names {module}.{attribute}, which no state dict needs.")
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    if not isinstance(function, _Global) or not isinstance(arguments, tuple):
+        raise UnsafePickle("The pickle calls something that is not a known function.")
+    match function.name, arguments:
+        case "collections OrderedDict", ():
+            return _NamedDict()
+        case "torch._utils _rebuild_tensor_v2", (storage, offset, shape, stride, *_):
+            return _tensor(storage, offset, shape, stride)
+        case "torch._utils _rebuild_parameter", (TensorInfo() as tensor, *_):
+            return tensor
+        case name, _ if name in _PLAIN_CALLS:
+            return _Opaque(name)
+        case _:
+            raise ValueError(f"wrong arguments for {function.name}")
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorInfo:
+    numbers = (offset, *shape, *stride)
+    if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError("not a tensor")
+    if len(shape) != len(stride) or len(shape) > MAX_RANK:
+        raise UnsupportedFormat(f"A tensor has {len(shape)} dimensions; {MAX_RANK} are allowed.")
+    elements = 1
+    for n in shape:
+        elements *= n
+    tensor = TensorInfo(
+        shape=tuple(shape),
+        dtype=storage.dtype,
+        storage=storage.key,
+        offset=offset,
+        stride=tuple(stride),
+    )
+    # A stride of 0 makes many elements of few bytes: an honest save never writes it, a bomb does.
+    expanded = elements > storage.elements and tensor.stride != contiguous_stride(tensor.shape)
+    if elements > MAX_ELEMENTS or expanded or tensor.extent[1] > storage.elements:
+        raise DamagedFile("A tensor reaches outside its storage.")
+    return tensor
