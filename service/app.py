@@ -1,0 +1,132 @@
+"""The application: routes, the edge around them, and every error as a problem document."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from common import __version__
+from common.blobs import blob_store
+from common.db import Database
+from common.errors import (
+    Fault,
+    InternalError,
+    InvalidField,
+    MethodNotAllowed,
+    NotFound,
+    NotMultipart,
+    Problem,
+    Unavailable,
+)
+from common.folders import ProcessFolder, sweep_dead_folders
+from common.queue import doorbell
+from common.settings import Settings
+from common.sweeper import Sweeper
+from service import problems
+from service.context import Context
+from service.edge import Edge
+from service.endpoints import about, jobs, results
+from service.housekeeping import Housekeeper
+
+_DESCRIPTION = """
+Purify neural networks that you did not train: POST a checkpoint with a few clean samples, poll, and
+download a checkpoint that loads exactly where the old one did.
+"""
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the application; it opens its database and its store when it starts."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        database = Database(settings.resolved_database_url)
+        store = blob_store(settings.resolved_blob_url)
+        bell = doorbell(settings.broker_url)
+        sweep_dead_folders(settings.upload_dir)
+        uploads = ProcessFolder(settings.upload_dir)
+        housekeeper = Housekeeper(Sweeper(settings, database, store, bell), settings)
+        app.state.context = Context(
+            settings=settings, database=database, store=store, bell=bell, uploads=uploads.path
+        )
+        housekeeper.start()
+        try:
+            yield
+        finally:
+            housekeeper.stop()
+            uploads.close()
+            database.close()
+
+    app = FastAPI(
+        title="Weightwash",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+    )
+    for module in (jobs, results, about):
+        app.include_router(module.router)
+    app.add_middleware(Edge, settings=settings)
+    app.add_exception_handler(Problem, _answer_problem)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(SQLAlchemyError, _answer_database)
+    app.add_exception_handler(Exception, _answer_bug)
+    return app
+
+
+def _answer(request: Request, problem: Problem, headers: dict[str, str] | None = None) -> Response:
+    if isinstance(problem, Fault):
+        log.error("fault", code=problem.code, detail=problem.detail)
+    return problems.answer(
+        problem,
+        instance=request.url.path,
+        request_id=request.state.request_id,
+        headers=headers,
+    )
+
+
+async def _answer_problem(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, Problem)
+    return _answer(request, exc)
+
+
+async def _answer_validation(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)
+    first = exc.errors()[0]
+    where = " ".join(map(str, first["loc"]))
+    return _answer(request, InvalidField(f"{where}: {first['msg']}."))
+
+
+async def _answer_http(request: Request, exc: Exception) -> Response:
+    """Answer what the framework itself refuses."""
+    assert isinstance(exc, HTTPException)
+    headers = dict(exc.headers or {})
+    match exc.status_code:
+        case 404:
+            return _answer(request, NotFound(f"There is nothing at {request.url.path[:200]!r}."))
+        case 405:
+            return _answer(request, MethodNotAllowed(), headers)
+        case _:
+            return _answer(request, NotMultipart(str(exc.detail)))
+
+
+async def _answer_database(request: Request, exc: Exception) -> Response:
+    log.error("database-failed", exc_info=exc)
+    if isinstance(exc, OperationalError):
+        return _answer(request, Unavailable("The database does not answer."))
+    return _answer(request, InternalError())
+
+
+async def _answer_bug(request: Request, exc: Exception) -> Response:
+    log.error("bug", exc_info=exc)
+    return _answer(request, InternalError())

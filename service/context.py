@@ -1,0 +1,82 @@
+"""What every endpoint works with, and the few things that all of them do alike."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request, Response
+from pydantic import BaseModel
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from common.blobs import BlobStore
+from common.db import Database
+from common.queue import Doorbell
+from common.settings import Settings
+from service import auth
+from service.auth import Principal
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What the endpoints work with; one per application."""
+
+    settings: Settings
+    database: Database
+    store: BlobStore
+    bell: Doorbell
+    uploads: Path
+
+
+def _context(request: Request) -> Context:
+    found = request.app.state.context
+    assert isinstance(found, Context)
+    return found
+
+
+Here = Annotated[Context, Depends(_context)]
+
+
+async def _principal(request: Request, here: Here) -> Principal:
+    if not here.settings.requires_tokens:
+        return auth.LOCAL
+    header = request.headers.get("authorization")
+    return await in_thread(here.database, lambda session: auth.authenticate(session, header))
+
+
+Caller = Annotated[Principal, Depends(_principal)]
+
+
+async def in_thread(database: Database, use: Callable[[Session], T], *, write: bool = False) -> T:
+    """Run *use* with a session, in a thread: the event loop never waits for the database."""
+
+    def run() -> T:
+        with database.write() if write else database.read() as session:
+            return use(session)
+
+    return await run_in_threadpool(run)
+
+
+def base_url(request: Request, here: Context) -> str:
+    """Return what every link begins with."""
+    return str(here.settings.public_url or request.base_url).rstrip("/")
+
+
+def json_answer(body: Any, *, status: int = 200) -> Response:
+    """Return a JSON answer that ends with a newline, as a terminal likes it."""
+    text = body.model_dump_json() if isinstance(body, BaseModel) else json.dumps(body)
+    return Response(
+        text + "\n",
+        status,
+        headers={"Cache-Control": "no-store"},
+        media_type="application/json",
+    )
+
+
+def wants_text(request: Request) -> bool:
+    """Return whether the client prefers one line to JSON."""
+    return request.headers.get("accept", "").split(",")[0].split(";")[0].strip() == "text/plain"

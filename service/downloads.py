@@ -1,0 +1,117 @@
+"""Send a stored file: whole or one range of it, with strong validators (RFC 9110) and its digest."""
+
+import base64
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.utils import format_datetime
+from typing import BinaryIO
+from urllib.parse import quote
+
+from starlette.datastructures import Headers
+from starlette.responses import Response, StreamingResponse
+
+from common.blobs import BlobStore
+from common.db import Job
+from common.errors import Expired, InternalError, RangeNotSatisfiable
+
+_CHUNK_BYTES = 256 << 10
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """Bytes *first* to *last*, both included."""
+
+    first: int
+    last: int
+
+
+def requested_range(header: str | None, size: int) -> ByteRange | None:
+    """
+    Return the one range that a ``Range`` header asks for.
+
+    ``None`` stands for the whole file, which is also the answer to a header that cannot be read or
+    asks for several ranges: RFC 9110 lets a server ignore those.
+
+    Raises:
+        RangeNotSatisfiable: The range starts behind the end.
+    """
+    found = _RANGE.fullmatch((header or "").strip())
+    if found is None or found.groups() == ("", ""):
+        return None
+    first, last = found.groups()
+    if first == "":
+        length = min(int(last), size)
+        if length == 0:
+            raise RangeNotSatisfiable
+        return ByteRange(size - length, size - 1)
+    start, end = int(first), size - 1 if last == "" else min(int(last), size - 1)
+    if last != "" and int(last) < start:
+        return None
+    if start >= size:
+        raise RangeNotSatisfiable
+    return ByteRange(start, end)
+
+
+def content_disposition(name: str) -> str:
+    """Return a header that names the download for old and new clients alike (RFC 6266)."""
+    plain = name.encode("ascii", "replace").decode().replace("?", "_").replace('"', "_")
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
+
+
+def send_model(job: Job, name: str, store: BlobStore, headers: Headers) -> Response:
+    """
+    Answer a download of the job's model.
+
+    Raises:
+        Expired: The file was deleted at this moment.
+        RangeNotSatisfiable: The range starts behind the end.
+    """
+    key, sha256, size = job.output_key, job.output_sha256, job.output_bytes
+    if key is None or sha256 is None or size is None or job.finished_at is None:
+        raise InternalError("A job that succeeded has no output.")
+    etag = f'"{sha256}"'
+    common = {
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, no-cache",
+        "Content-Disposition": content_disposition(name),
+        "ETag": etag,
+        "Last-Modified": format_datetime(job.finished_at, usegmt=True),
+        "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:",
+    }
+    if etag_matches(headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=common)
+    wanted = None
+    if headers.get("if-range", etag) == etag:
+        wanted = requested_range(headers.get("range"), size)
+    try:
+        file = store.open(key)
+    except FileNotFoundError as exc:
+        raise Expired from exc
+    part = wanted or ByteRange(0, size - 1)
+    if wanted is not None:
+        common["Content-Range"] = f"bytes {part.first}-{part.last}/{size}"
+    return StreamingResponse(
+        _read(file, part),
+        status_code=200 if wanted is None else 206,
+        headers={**common, "Content-Length": str(part.last - part.first + 1)},
+        media_type="application/octet-stream",
+    )
+
+
+def etag_matches(header: str | None, etag: str) -> bool:
+    """Return whether an ``If-None-Match`` header names *etag*."""
+    if header is None:
+        return False
+    named = {tag.strip().removeprefix("W/") for tag in header.split(",")}
+    return "*" in named or etag in named
+
+
+def _read(file: BinaryIO, part: ByteRange) -> Iterator[bytes]:
+    with file:
+        file.seek(part.first)
+        left = part.last - part.first + 1
+        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+            left -= len(chunk)
+            yield chunk

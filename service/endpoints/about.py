@@ -1,0 +1,92 @@
+"""The service itself: what can be asked of it, and whether it is well."""
+
+from collections.abc import Callable
+
+from fastapi import APIRouter, Response
+
+from common import workers
+from common.catalogue.architectures import ARCHITECTURES
+from common.catalogue.methods import METHODS
+from common.db import Database
+from migrations.migrate import is_current
+from service.admission import DEFAULT_METHOD
+from service.context import Here, json_answer
+from service.schemas import ArchitectureView, Catalogue, Check, Health, MethodView, Readiness
+
+router = APIRouter()
+
+
+@router.get("/architectures", response_model=Catalogue, summary="List architectures")
+def list_architectures() -> Response:  # noqa: D103
+    return json_answer(
+        Catalogue(
+            data=[
+                ArchitectureView(
+                    name=each.name,
+                    description=each.description,
+                    arguments=each.arguments.model_json_schema(),
+                )
+                for each in ARCHITECTURES.values()
+            ]
+        )
+    )
+
+
+@router.get("/methods", response_model=Catalogue, summary="List purification methods")
+def list_methods() -> Response:  # noqa: D103
+    return json_answer(
+        Catalogue(
+            data=[
+                MethodView(
+                    name=each.name,
+                    description=each.description,
+                    parameters=each.parameters.model_json_schema(),
+                    default=each.name == DEFAULT_METHOD,
+                )
+                for each in METHODS.values()
+            ]
+        )
+    )
+
+
+@router.get("/healthz", response_model=Health, summary="Whether the process answers")
+async def health() -> Response:  # noqa: D103
+    return json_answer(Health())
+
+
+@router.get(
+    "/readyz",
+    response_model=Readiness,
+    summary="Whether jobs are accepted and worked on",
+    responses={503: {"description": "A part is missing.", "model": Readiness}},
+)
+def readiness(here: Here) -> Response:  # noqa: D103
+    checks = {
+        "database": _check(here.database.check),
+        "schema": _check(lambda: _require(is_current(here.database), "run: make migrate")),
+        "blobs": _check(here.store.check),
+        "worker": _check(lambda: _require_worker(here.database)),
+    }
+    ready = all(check.ok for check in checks.values())
+    return json_answer(Readiness(ready=ready, checks=checks), status=200 if ready else 503)
+
+
+def _check(probe: Callable[[], str | None]) -> Check:
+    try:
+        return Check(ok=True, detail=probe() or "ok")
+    except Exception as exc:
+        return Check(
+            ok=False, detail=str(exc).splitlines()[0][:200] if str(exc) else type(exc).__name__
+        )
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise RuntimeError(otherwise)
+
+
+def _require_worker(database: Database) -> str:
+    with database.read() as session:
+        names = [f"{worker.name} on {worker.device}" for worker in workers.present(session)]
+    _require(bool(names), "no worker was heard of in the last minute; start one: python -m worker")
+    return ", ".join(names)

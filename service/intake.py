@@ -1,0 +1,77 @@
+"""Take a checked form in: its files, then its row, in an order that survives a crash anywhere."""
+
+import shutil
+
+from fastapi import Request
+from sqlalchemy.exc import IntegrityError
+
+from common import jobs
+from common.blobs import upload_key
+from common.db import Job
+from common.errors import NoSpace
+from common.jobs import Idempotency, NewJob
+from service.admission import Admitted
+from service.auth import Principal
+from service.context import Context
+from service.uploads import Form
+
+
+def check_room(here: Context, caller: Principal, announced_bytes: int) -> None:
+    """Refuse before the body is read what would be refused after it."""
+    with here.database.read() as session:
+        jobs.check_quota(session, caller.tenant, max_active_jobs=here.settings.max_active_jobs)
+    if shutil.disk_usage(here.uploads).free < announced_bytes:
+        raise NoSpace
+
+
+def announced_bytes(request: Request) -> int:
+    """Return the body's length as the client announced it, 0 when it did not."""
+    length = request.headers.get("content-length", "0")
+    return int(length) if length.isdigit() and len(length) < 19 else 0
+
+
+def accept(
+    here: Context,
+    caller: Principal,
+    form: Form,
+    admitted: Admitted,
+    idempotency: Idempotency | None,
+    request_id: str,
+) -> tuple[Job, bool]:
+    """Store the files and insert the row; return the job, and whether an earlier request made it."""
+    if idempotency is not None and (job := _replay(here, caller, idempotency)) is not None:
+        return job, True
+    keys = {role: upload_key(caller.tenant, file.sha256) for role, file in form.files.items()}
+    with here.database.write() as session:
+        jobs.reserve_blobs(session, list(keys.values()))
+    for role, file in form.files.items():
+        if file.path.exists():  # two parts with the same bytes share a blob, and only one moves
+            here.store.put(keys[role], file.path)
+    new = NewJob(
+        tenant=caller.tenant,
+        request_id=request_id,
+        spec=admitted.spec.model_dump(mode="json"),
+        model_sha256=admitted.spec.model.sha256,
+        blobs=keys,
+        client_metadata=admitted.client_metadata,
+        priority=admitted.priority,
+        cancel_after_seconds=admitted.cancel_after_seconds,
+    )
+    try:
+        with here.database.write() as session:
+            job = jobs.create(
+                session,
+                new,
+                max_active_jobs=here.settings.max_active_jobs,
+                idempotency=idempotency,
+            )
+    except IntegrityError:
+        if idempotency is None or (found := _replay(here, caller, idempotency)) is None:
+            raise
+        return found, True
+    return job, False
+
+
+def _replay(here: Context, caller: Principal, idempotency: Idempotency) -> Job | None:
+    with here.database.read() as session:
+        return jobs.find_replay(session, caller.tenant, idempotency)

@@ -1,0 +1,101 @@
+"""The parts of the OpenAPI document that FastAPI cannot read off the code."""
+
+from typing import Any
+
+from service.schemas import ProblemView
+from service.uploads import FILES, REQUIRED
+
+_FILE_DESCRIPTIONS = {
+    "model": "The checkpoint: `.pt`/`.pth` (a state dict, bare or in a dict) or `.safetensors`.",
+    "samples": "Clean images: `.npz` with `images` (uint8 NHWC, or float NCHW in [0, 1]) and "
+    "`labels`; one image per class is enough.",
+    "evaluation": "Clean, labelled images, used only to measure accuracy.",
+    "triggered": "Triggered images with their true `labels` and the attack's `target`, used only to "
+    "measure the attack's success.",
+}
+
+_TEXTS: dict[str, dict[str, Any]] = {
+    "architecture": {
+        "type": "string",
+        "description": "A name of `GET /architectures`; may be left out when only one fits.",
+    },
+    "architecture_args": {"type": "string", "description": "JSON object of its arguments."},
+    "method": {"type": "string", "default": "awm", "description": "A name of `GET /methods`."},
+    "params": {"type": "string", "description": "JSON object of the method's parameters."},
+    "seed": {"type": "integer", "default": 0, "minimum": 0},
+    "mean": {
+        "type": "string",
+        "description": "Comma list, one per channel.",
+        "example": "0.5,0.5,0.5",
+    },
+    "std": {
+        "type": "string",
+        "description": "Comma list, one per channel.",
+        "example": "0.5,0.5,0.5",
+    },
+    "priority": {"type": "integer", "default": 0, "minimum": -100, "maximum": 100},
+    "cancel_after": {"type": "number", "description": "Seconds after which the job is cancelled."},
+    "metadata": {"type": "string", "description": "JSON object that comes back with the job."},
+    "path": {"type": "string", "description": "The model's path in your repository."},
+}
+
+CREATE_JOB: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "Idempotency-Key",
+            "in": "header",
+            "required": False,
+            "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+            "description": "A repeated request with this key and payload returns the first job.",
+        }
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": list(REQUIRED),
+                    "additionalProperties": False,
+                    "properties": {
+                        **{
+                            name: {
+                                "type": "string",
+                                "format": "binary",
+                                "description": _FILE_DESCRIPTIONS[name],
+                            }
+                            for name in FILES
+                        },
+                        **_TEXTS,
+                    },
+                }
+            }
+        },
+    },
+}
+
+_STATUSES = {
+    400: "The body is not a complete form.",
+    401: "The token is missing or not valid.",
+    403: "A foreign origin.",
+    404: "There is no such job.",
+    409: "The job's state does not allow it.",
+    410: "No longer kept.",
+    413: "Too large.",
+    416: "The range lies outside the file.",
+    421: "A foreign host.",
+    422: "The request cannot be carried out; `code` and `hint` say why.",
+    429: "Too many unfinished jobs.",
+    500: "The service failed.",
+    503: "Not yet: try again after `Retry-After`.",
+    507: "No space left.",
+}
+
+PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": description,
+        "model": ProblemView,
+        "content": {"application/problem+json": {}},
+    }
+    for status, description in _STATUSES.items()
+}
