@@ -1,0 +1,1 @@
+"""Real things that tests stand on: a Postgres and a Redis, started from wheels."""
