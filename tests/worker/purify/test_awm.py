@@ -1,0 +1,257 @@
+"""Law: the method is the paper's, step for step; it is deterministic and leaves its input alone."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from common.catalogue.architectures import SmallCnnArguments
+from worker.architectures.registry import build
+from worker.purify.awm import AdversarialWeightMasking, shuffled_batches
+from worker.purify.errors import InvalidParameter, NotEnoughData, NotFinite, NothingToMask
+
+METHOD = AdversarialWeightMasking(epochs=2, passes=2, batch_size=5, tau=20.0)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """Return a small model with batch statistics that are not the initial ones."""
+    torch.manual_seed(0)
+    network = build("small_cnn", SmallCnnArguments(classes=4, channels=1, width=4))
+    for _ in range(5):
+        network(torch.rand(16, 1, 8, 8))
+    return network
+
+
+@pytest.fixture
+def samples() -> tuple[Tensor, Tensor]:
+    """Return twelve images of four classes."""
+    images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return images, torch.arange(12) % 4
+
+
+def oracle(
+    method: AdversarialWeightMasking, model: nn.Module, x: Tensor, y: Tensor, seed: int
+) -> dict[str, Tensor]:
+    """
+    Return the masks by the plainest reading of the paper: no sharing, two passes per step.
+
+    Adam is written out; every gradient is taken with respect to everything.
+    """
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    m = {name: torch.ones_like(theta[name]) for name in theta if "conv" in name}
+    first = {name: torch.zeros_like(mask) for name, mask in m.items()}
+    second = {name: torch.zeros_like(mask) for name, mask in m.items()}
+    generator = torch.Generator().manual_seed(seed)
+    beta = 1 - method.alpha if method.beta is None else method.beta
+
+    def f(images: Tensor, masks: dict[str, Tensor]) -> Tensor:
+        weights = {name: theta[name] * mask for name, mask in masks.items()}
+        logits: Tensor = functional_call(model, weights, (images,))
+        return logits
+
+    t = 0
+    for _ in range(method.epochs):
+        delta = torch.zeros_like(x[:1])
+        for batch in shuffled_batches(len(x), method.batch_size, method.passes, generator):
+            delta.requires_grad_()
+            answers = f(x[batch], m).argmax(dim=1)
+            loss = functional.cross_entropy(f(x[batch] + delta, m), answers)
+            delta = (delta + method.perturbation_lr * torch.autograd.grad(loss, delta)[0]).detach()
+        delta = delta * min(1.0, method.tau / delta.abs().sum().item())
+        for batch in shuffled_batches(len(x), method.batch_size, method.passes, generator):
+            m = {name: mask.detach().requires_grad_() for name, mask in m.items()}
+            loss = method.alpha * functional.cross_entropy(f(x[batch], m), y[batch])
+            perturbed = (x[batch] + delta).clamp(0, 1)
+            loss = loss + beta * functional.cross_entropy(f(perturbed, m), y[batch])
+            loss = loss + method.gamma * sum(mask.abs().sum() for mask in m.values())
+            gradients = dict(zip(m, torch.autograd.grad(loss, list(m.values())), strict=True))
+            t += 1
+            for name, gradient in gradients.items():
+                first[name] = 0.9 * first[name] + 0.1 * gradient
+                second[name] = 0.999 * second[name] + 0.001 * gradient**2
+                mean = first[name] / (1 - 0.9**t)
+                variance = second[name] / (1 - 0.999**t)
+                step = method.mask_lr * mean / (variance.sqrt() + 1e-8)
+                m[name] = (m[name].detach() - step).clamp(0, 1)
+    return m
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        AdversarialWeightMasking(epochs=4, passes=3, batch_size=5, tau=20.0),
+        AdversarialWeightMasking(epochs=3, passes=2, batch_size=100, tau=1.0, gamma=1e-2),
+        AdversarialWeightMasking(epochs=3, passes=2, batch_size=12, alpha=0.3, beta=0.5),
+    ],
+)
+def test_masks_agree_with_a_naive_reading_of_the_paper(
+    method: AdversarialWeightMasking, model: nn.Module, samples: tuple[Tensor, Tensor]
+) -> None:
+    """In float64, a whole run gives the oracle's masks to 1e-6."""
+    images, labels = samples[0].double(), samples[1]
+    expected = oracle(method, copy.deepcopy(model).double().eval(), images, labels, seed=3)
+    found = method.purify(model.double(), images, labels, seed=3).masks
+    assert found.keys() == expected.keys()
+    assert any((mask < 1).any() for mask in found.values())
+    for name, mask in found.items():
+        torch.testing.assert_close(mask.double(), expected[name], rtol=0, atol=1e-6)
+
+
+def test_same_seed_gives_the_same_bytes(model: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    """Masks and history are a function of the arguments and the seed."""
+    method = AdversarialWeightMasking(epochs=2, passes=2, batch_size=5, augmentations=2, flip=True)
+    one = method.purify(model, *samples, seed=1)
+    torch.rand(7)  # Whatever the caller draws in between must not matter.
+    two = method.purify(model, *samples, seed=1)
+    other = method.purify(model, *samples, seed=2)
+    assert one.history == two.history
+    assert all(torch.equal(one.masks[name], two.masks[name]) for name in one.masks)
+    assert any(not torch.equal(one.masks[name], other.masks[name]) for name in one.masks)
+
+
+def test_model_and_global_generator_are_left_alone(
+    model: nn.Module, samples: tuple[Tensor, Tensor]
+) -> None:
+    """Weights, buffers, training mode, gradients and torch's generator are as before."""
+    before = copy.deepcopy(model.state_dict())
+    state = torch.random.get_rng_state()
+    METHOD.purify(model, *samples, seed=0)
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_masks_are_float32_in_the_unit_interval(
+    model: nn.Module, samples: tuple[Tensor, Tensor]
+) -> None:
+    """Every convolution weight has a mask of its shape; values are in [0, 1]."""
+    masks = METHOD.purify(model.half(), *samples, seed=0).masks
+    assert list(masks) == ["conv1.weight", "conv2.weight", "conv3.weight"]
+    for name, mask in masks.items():
+        assert mask.shape == model.get_parameter(name).shape
+        assert mask.dtype == torch.float32
+        assert mask.min() >= 0
+        assert mask.max() <= 1
+
+
+def test_linear_layers_are_masked_on_request(
+    model: nn.Module, samples: tuple[Tensor, Tensor]
+) -> None:
+    """mask_linear adds the linear weights and nothing else."""
+    method = AdversarialWeightMasking(epochs=1, passes=1, mask_linear=True)
+    assert "linear.weight" in method.purify(model, *samples, seed=0).masks
+
+
+def test_progress_counts_every_step_and_may_cancel(
+    model: nn.Module, samples: tuple[Tensor, Tensor]
+) -> None:
+    """Progress runs from 1 to the total; what it raises ends the run."""
+    method = AdversarialWeightMasking(epochs=2, passes=2, batch_size=5, shrink_epochs=1)
+    seen: list[tuple[int, int]] = []
+    method.purify(model, *samples, seed=0, progress=lambda step, total: seen.append((step, total)))
+    steps = 4 * (1 + 2 * 2)  # two passes of two full batches; one shrinking epoch, two others
+    assert seen == [(step, steps) for step in range(1, steps + 1)]
+
+    def cancel(step: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        method.purify(model, *samples, seed=0, progress=cancel)
+
+
+def test_perturbation_stays_within_tau(model: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    """Each epoch's perturbation has an L1 norm of at most tau; there is a record per epoch."""
+    history = METHOD.purify(model, *samples, seed=0).history
+    assert len(history) == METHOD.epochs
+    assert all(record.perturbation_norm <= METHOD.tau * (1 + 1e-5) for record in history)
+
+
+def test_preprocess_sees_images_right_before_the_model(
+    model: nn.Module, samples: tuple[Tensor, Tensor]
+) -> None:
+    """Scaling in preprocess equals a model that scales by itself."""
+
+    class Scaled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.inner((images - 0.5) / 0.25)
+            return logits
+
+    def normalise(images: Tensor) -> Tensor:
+        return (images - 0.5) / 0.25
+
+    outside = METHOD.purify(model, *samples, preprocess=normalise, seed=0).masks
+    inside = METHOD.purify(Scaled(model), *samples, seed=0).masks
+    assert all(torch.equal(outside[name], inside[f"inner.{name}"]) for name in outside)
+
+
+def test_shrinking_lowers_the_masks(model: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    """With a heavy norm, an epoch of shrinking leaves smaller masks than none."""
+    plain = AdversarialWeightMasking(epochs=1, passes=2, gamma=1.0, mask_lr=1e-3)
+    shrunk = AdversarialWeightMasking(epochs=1, passes=2, gamma=1.0, mask_lr=1e-3, shrink_epochs=3)
+    means = [
+        method.purify(model, *samples, seed=0).history[-1].mask_mean for method in (plain, shrunk)
+    ]
+    assert means[1] < means[0]
+
+
+@pytest.mark.parametrize(
+    ("build_method", "name"),
+    [
+        (lambda: AdversarialWeightMasking(epochs=0), "epochs"),
+        (lambda: AdversarialWeightMasking(passes=0), "passes"),
+        (lambda: AdversarialWeightMasking(batch_size=0), "batch_size"),
+        (lambda: AdversarialWeightMasking(alpha=-0.1), "alpha"),
+        (lambda: AdversarialWeightMasking(alpha=1.1), "alpha"),
+        (lambda: AdversarialWeightMasking(beta=float("nan")), "beta"),
+        (lambda: AdversarialWeightMasking(gamma=float("inf")), "gamma"),
+        (lambda: AdversarialWeightMasking(tau=-1.0), "tau"),
+        (lambda: AdversarialWeightMasking(perturbation_lr=0.0), "perturbation_lr"),
+        (lambda: AdversarialWeightMasking(mask_lr=float("nan")), "mask_lr"),
+        (lambda: AdversarialWeightMasking(augmentations=-1), "augmentations"),
+        (lambda: AdversarialWeightMasking(shrink_epochs=-1), "shrink_epochs"),
+        (lambda: AdversarialWeightMasking(mask_lr_decay=0.0), "mask_lr_decay"),
+    ],
+)
+def test_hyper_parameters_out_of_bounds_are_named(
+    build_method: Callable[[], AdversarialWeightMasking], name: str
+) -> None:
+    """A bad value is refused before any work, and the message begins with its name."""
+    with pytest.raises(InvalidParameter, match=f"^{name} must be"):
+        build_method()
+
+
+def test_unusable_input_is_refused(model: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+    """No image, unequal counts, nothing to mask, and broken weights are each their own error."""
+    images, labels = samples
+    with pytest.raises(NotEnoughData):
+        METHOD.purify(model, images[:0], labels[:0], seed=0)
+    with pytest.raises(InvalidParameter):
+        METHOD.purify(model, images, labels[:-1], seed=0)
+    with pytest.raises(NothingToMask):
+        METHOD.purify(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), images, labels, seed=0)
+    with torch.no_grad():
+        model.get_parameter("linear.bias").fill_(float("nan"))
+    with pytest.raises(NotFinite):
+        METHOD.purify(model, images, labels, seed=0)
+
+
+def test_a_pass_uses_each_image_at_most_once() -> None:
+    """Batches of one pass are full and disjoint; fewer images than a batch make one batch."""
+    generator = torch.Generator().manual_seed(0)
+    batches = list(shuffled_batches(7, 3, 4, generator))
+    assert [len(batch) for batch in batches] == [3] * 8
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        assert len(set(first.tolist()) | set(second.tolist())) == 6
+    assert [sorted(batch.tolist()) for batch in shuffled_batches(2, 3, 2, generator)] == [
+        [0, 1]
+    ] * 2

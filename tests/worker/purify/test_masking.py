@@ -1,0 +1,74 @@
+"""Law: folding keeps dtype, shape and every weight whose mask is 1."""
+
+import pytest
+import torch
+from torch import nn
+
+from worker.purify.masking import MaskedModel, fold, fold_all, maskable_names
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_folding_ones_is_bitwise_the_weight(dtype: torch.dtype) -> None:
+    """fold(w, 1) == w, bit for bit, even for infinities, NaN and negative zero."""
+    weight = torch.tensor([1.1, -0.0, 3e-8, float("inf"), float("nan"), -7.3], dtype=dtype)
+    folded = fold(weight, torch.ones(6))
+    assert folded.dtype == dtype
+    assert torch.equal(folded.view(torch.uint8), weight.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_folding_multiplies_in_float32_and_rounds_once(dtype: torch.dtype) -> None:
+    """fold(w, m) is the float32 product in the weight's dtype; a mask of 0 gives 0."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, generator=generator).to(dtype)
+    mask = torch.rand(64, generator=generator)
+    mask[:2] = 0
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    assert torch.equal(fold(weight, mask), (weight.to(precise) * mask.to(precise)).to(dtype))
+    assert (fold(weight, mask)[:2] == 0).all()
+
+
+def test_fold_all_changes_masked_tensors_only() -> None:
+    """Keys and order stay; tensors without a mask are the very same objects."""
+    state_dict = {"b": torch.ones(2), "a": torch.full((2,), 3.0), "n": torch.tensor(5)}
+    folded = fold_all(state_dict, {"a": torch.tensor([0.0, 1.0])})
+    assert list(folded) == ["b", "a", "n"]
+    assert folded["b"] is state_dict["b"]
+    assert folded["a"].tolist() == [0.0, 3.0]
+    with pytest.raises(KeyError, match="c"):
+        fold_all(state_dict, {"c": torch.ones(1)})
+
+
+def test_convolutions_are_maskable_and_linear_layers_on_request() -> None:
+    """Weights of convolutions of any dimension; no biases, no norms; linear layers if asked."""
+    model = nn.ModuleList(
+        [nn.Conv1d(1, 1, 1), nn.BatchNorm2d(2), nn.Conv3d(1, 1, 1), nn.Linear(1, 1)]
+    )
+    model.append(nn.ConvTranspose2d(1, 1, 1))
+    assert maskable_names(model) == ["0.weight", "2.weight", "4.weight"]
+    assert maskable_names(model, mask_linear=True) == [
+        "0.weight",
+        "2.weight",
+        "3.weight",
+        "4.weight",
+    ]
+
+
+def test_a_lone_convolution_is_maskable() -> None:
+    """The root module's own weight has no prefix."""
+    assert maskable_names(nn.Conv2d(1, 1, 1)) == ["weight"]
+
+
+def test_masked_model_equals_the_model_with_folded_weights() -> None:
+    """Running under masks and folding them gives the same logits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(12, 2)).eval()
+    masked = MaskedModel(model, ["0.weight"], preprocess=None)
+    with torch.no_grad():
+        masked.masks["0.weight"].uniform_(0, 1)
+    images = torch.rand(2, 1, 4, 4)
+    logits = masked.bind()(images)
+    model.load_state_dict(fold_all(model.state_dict(), masked.masks))
+    torch.testing.assert_close(logits, model(images))

@@ -1,0 +1,54 @@
+"""Make a few images into more: random crops, resized to full size, and mirrored copies."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# The customary ranges of a resized crop: share of the area, and width to height.
+AREA = (0.08, 1.0)
+ASPECT = (3 / 4, 4 / 3)
+
+
+def augment(
+    images: Tensor, labels: Tensor, *, copies: int, flip: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """
+    Return the images followed by *copies* random variants of each, and the labels likewise.
+
+    Args:
+        images: ``(N, C, H, W)`` in [0, 1]; the result is ``(N * (1 + copies), C, H, W)``.
+        flip: Mirror half of the variants left to right.
+        generator: A CPU generator, the only source of randomness.
+    """
+    height, width = images.shape[-2:]
+    variants = [images]
+    for _ in range(copies):
+        crops = []
+        for image in images.unsqueeze(1):
+            top, left, rows, columns = _random_window(height, width, generator)
+            crop = image[..., top : top + rows, left : left + columns]
+            if flip and _uniform(0.0, 1.0, generator) < 0.5:
+                crop = crop.flip(-1)
+            crops.append(functional.interpolate(crop, size=(height, width), mode="bilinear"))
+        variants.append(torch.cat(crops))
+    return torch.cat(variants).clamp(0.0, 1.0), labels.repeat(1 + copies)
+
+
+def _random_window(
+    height: int, width: int, generator: torch.Generator
+) -> tuple[int, int, int, int]:
+    """Return top, left, rows and columns of a window, uniform in area and log-aspect."""
+    area = height * width * _uniform(*AREA, generator)
+    aspect = math.exp(_uniform(math.log(ASPECT[0]), math.log(ASPECT[1]), generator))
+    # A window too long for the image is cut to its side, not drawn again.
+    rows = min(height, max(1, round(math.sqrt(area / aspect))))
+    columns = min(width, max(1, round(math.sqrt(area * aspect))))
+    top = math.floor(_uniform(0.0, 1.0, generator) * (height - rows + 1))
+    left = math.floor(_uniform(0.0, 1.0, generator) * (width - columns + 1))
+    return top, left, rows, columns
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * torch.rand((), generator=generator).item()
