@@ -1,0 +1,1 @@
+"""Jobs on a device: the only place that knows torch."""
