@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
+_PUT_TRIES = 100  # each is lost to one delete of a folder's last file
 _KEY = re.compile(r"[a-z]+(/[A-Za-z0-9_-][A-Za-z0-9._-]*){1,3}")
 
 
@@ -63,14 +64,17 @@ class FileBlobStore:
     def put(self, key: str, path: Path) -> None:
         """Move *path* to its place: written out, renamed, and the rename written out too."""
         target = self._path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _sync(path)
-            path.replace(target)
-        except OSError as exc:
-            if exc.errno != errno.EXDEV:  # the store is on another file system
-                raise
-            _copy_in(path, target)
+        _sync(path)
+        for tries_left in reversed(range(_PUT_TRIES)):
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _move_in(path, target)
+            except (FileNotFoundError, FileExistsError):
+                # A delete has just taken the emptied folder away; `mkdir` may meet it half gone.
+                if not tries_left or not path.exists():
+                    raise
+            else:
+                break
         _sync(target.parent)
 
     def open(self, key: str) -> BinaryIO:
@@ -133,6 +137,15 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _move_in(path: Path, target: Path) -> None:
+    try:
+        path.replace(target)
+    except OSError as exc:
+        if exc.errno != errno.EXDEV:  # the store is on another file system
+            raise
+        _copy_in(path, target)
 
 
 def _copy_in(path: Path, target: Path) -> None:

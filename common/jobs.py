@@ -153,7 +153,8 @@ def create(
         QuotaExceeded: The tenant has too many unfinished jobs.
         sqlalchemy.exc.IntegrityError: Another request has just used the same idempotency key.
     """
-    if is_postgres(session):  # requests that count at once would all find room; SQLite has one writer
+    # Requests that count at once would all find room; SQLite has one writer anyway.
+    if is_postgres(session):
         session.execute(
             text("SELECT pg_advisory_xact_lock(:space, hashtext(:tenant))"),
             {"space": _QUOTA_LOCK, "tenant": new.tenant},

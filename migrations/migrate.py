@@ -1,5 +1,6 @@
 """Bring a database to the newest schema, and tell whether it is there."""
 
+import threading
 from pathlib import Path
 
 from alembic import command
@@ -8,6 +9,10 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from common.db import Database
+
+# Alembic's `context` is one object per process, so threads of one process take turns; processes wait
+# for each other in the database.
+_turn = threading.Lock()
 
 
 def _config() -> Config:
@@ -19,7 +24,7 @@ def _config() -> Config:
 def upgrade(database: Database) -> None:
     """Bring *database* to the newest schema; wait for another process that is doing the same."""
     config = _config()
-    with database.connect_to_write() as connection:
+    with _turn, database.connect_to_write() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 

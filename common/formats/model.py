@@ -70,17 +70,21 @@ class TensorInfo:
         return self.offset, self.offset + last + 1
 
     def covers(self, indices: npt.NDArray[np.int64]) -> bool:
-        """Return whether one of the storage's *indices* belongs to this tensor."""
-        first, end = self.extent
-        inside = indices[(indices >= first) & (indices < end)] - self.offset
-        if not inside.size or self.stride == contiguous_stride(self.shape):
-            return bool(inside.size)
-        view = np.lib.stride_tricks.as_strided(
-            np.arange(end - first, dtype=np.int64),
-            self.shape,
-            tuple(8 * step for step in self.stride),
-        )
-        return bool(np.isin(view, inside).any())
+        """Return whether one of the storage's *indices*, in rising order, belongs to this tensor."""
+        first, end = np.searchsorted(indices, self.extent)
+        rest = indices[first:end] - self.offset
+        if not rest.size or self.stride == contiguous_stride(self.shape):
+            return bool(rest.size)
+        sides = sorted((step, n) for n, step in zip(self.shape, self.stride, strict=True) if n > 1)
+        reach = 0
+        for step, n in sides:
+            if step <= reach:  # interleaved: no layout that torch makes, so no gap is looked for
+                return True
+            reach += (n - 1) * step
+        # No side reaches into the next larger one, so an index has one way at most to be a sum.
+        for step, n in reversed(sides):
+            rest = rest - step * np.minimum(rest // step, n - 1)
+        return bool((rest == 0).any())
 
 
 @dataclass(frozen=True, kw_only=True)

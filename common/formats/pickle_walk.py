@@ -126,9 +126,10 @@ class _Machine:
                 raise UnsupportedFormat("The description of the tensors is implausibly long.")
             name = opcode.name
             if name == "STOP":
-                if position is None or position + 1 != len(pickled) or len(stack) != 1:
+                (value,) = self._pop(1)
+                if position is None or position + 1 != len(pickled) or stack:
                     raise ValueError("bytes after the end, or values left over")
-                return stack[0]
+                return value
             if name in _LITERALS:
                 stack.append(argument)
             elif name in _CONSTANTS:
@@ -155,9 +156,9 @@ class _Machine:
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(self._pop(int(name[-1]))))
             case "BINPUT" | "LONG_BINPUT":
-                self._memo[argument] = stack[-1]
+                self._memo[argument] = self._top()
             case "MEMOIZE":
-                self._memo[len(self._memo)] = stack[-1]
+                self._memo[len(self._memo)] = self._top()
             case "BINGET" | "LONG_BINGET":
                 stack.append(self._memo[argument])
             case "APPEND":
@@ -174,6 +175,8 @@ class _Machine:
                 stack.append(_global(argument))
             case "STACK_GLOBAL":
                 module, attribute = self._pop(2)
+                if not isinstance(module, str) or not isinstance(attribute, str):
+                    raise TypeError("not a name")  # nested lists could take for ever to print
                 stack.append(_global(f"{module} {attribute}"))
             case "BINPERSID":
                 stack.append(self._storage(stack.pop()))
@@ -186,6 +189,11 @@ class _Machine:
                     raise UnsafePickle("The pickle sets attributes of an object.")
             case _:
                 raise UnsafePickle(f"The pickle uses {name}, which no state dict needs.")
+
+    def _top(self) -> Any:
+        if self._stack[-1] is _MARK:
+            raise ValueError("a mark is no value")
+        return self._stack[-1]
 
     def _pop(self, count: int) -> list[Any]:
         if len(self._stack) < count:
@@ -257,6 +265,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorInfo:
         raise ValueError("not a tensor")
     if len(shape) != len(stride) or len(shape) > MAX_RANK:
         raise UnsupportedFormat(f"A tensor has {len(shape)} dimensions; {MAX_RANK} are allowed.")
+    if any(n > MAX_ELEMENTS for n in numbers):
+        raise DamagedFile("A tensor is described by an impossible number.")
     elements = 1
     for n in shape:
         elements *= n

@@ -28,6 +28,9 @@ MAX_TENSORS = 10_000
 MAX_RANK = 8
 """Dimensions of a tensor; a convolution over volumes has five."""
 
+MAX_ELEMENTS = 1 << 40
+"""Any number in the header, so that products of shapes stay small numbers."""
+
 _CHUNK_BYTES = 1 << 20
 _DTYPES: Mapping[str, str] = {
     "F64": "float64",
@@ -96,7 +99,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, tuple[int, int
             raise DamagedFile("The file ends inside its header.")
         header = file.read(length)
     try:
-        entries = json.loads(header, object_pairs_hook=_unique)
+        entries = json.loads(header.decode(), object_pairs_hook=_unique)
         described = _describe(entries)
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise DamagedFile(f"The header is damaged: {exc}.") from exc
@@ -114,7 +117,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _describe(entries: Any) -> dict[str, tuple[TensorInfo, tuple[int, int]]]:
     if not isinstance(entries, dict):
         raise TypeError("not an object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(type(text) is not str for text in metadata.values()):
+        raise TypeError("the metadata are not texts")
     if len(entries) > MAX_TENSORS:
         raise ValueError(f"more than {MAX_TENSORS} tensors")
     described: dict[str, tuple[TensorInfo, tuple[int, int]]] = {}
@@ -122,7 +127,9 @@ def _describe(entries: Any) -> dict[str, tuple[TensorInfo, tuple[int, int]]]:
         dtype = _DTYPES[entry["dtype"]]
         shape = entry["shape"]
         begin, end = entry["data_offsets"]
-        if any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or len(shape) > MAX_RANK:
+        if not isinstance(shape, list) or len(shape) > MAX_RANK:
+            raise TypeError(f"{name!r} has an impossible shape")
+        if any(type(n) is not int or not 0 <= n <= MAX_ELEMENTS for n in (*shape, begin, end)):
             raise ValueError(f"{name!r} has an impossible shape or place")
         elements = 1
         for n in shape:

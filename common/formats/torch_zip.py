@@ -15,12 +15,15 @@ from typing import IO
 from common.errors import DamagedFile, PickledModule, UnsupportedFormat
 from common.formats.model import ModelFile, ModelFormat, find_state_dict, read_chunks
 from common.formats.pickle_walk import walk
+from common.formats.zips import opened_zip
 
 MAX_PICKLE_BYTES = 16 << 20
 """Size of the description: a thousand-layer network with its optimiser takes less than 1 MiB."""
 
 MAX_MEMBERS = 100_000
 """Files in the zip: one per tensor, and a few."""
+
+_MAX_DIRECTORY_BYTES = 8 << 20  # 80 bytes for each of them
 
 _CHUNK_BYTES = 1 << 20  # a multiple of every element size
 
@@ -56,8 +59,11 @@ def storages(path: Path) -> Iterator[tuple[str, Iterator[tuple[int, bytes]]]]:
 
 
 def _chunks(member: IO[bytes]) -> Iterator[bytes]:
-    while chunk := member.read(_CHUNK_BYTES):
-        yield chunk
+    try:
+        while chunk := member.read(_CHUNK_BYTES):
+            yield chunk
+    except (zipfile.BadZipFile, EOFError) as exc:  # raised at whoever reads, not in `storages`
+        raise DamagedFile("The bytes of a tensor do not match their checksum.") from exc
 
 
 def _members(archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.ZipInfo], str]:
@@ -90,7 +96,11 @@ def _members(archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.ZipInfo], str]
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with opened_zip(
+            path,
+            max_directory_bytes=_MAX_DIRECTORY_BYTES,
+            refusal=UnsupportedFormat("The zip's directory is implausibly large."),
+        ) as archive:
             yield archive
     except (PickledModule, UnsupportedFormat):
         raise

@@ -1,0 +1,109 @@
+"""Law: a state dict fits exactly the architecture that wrote it, and a misfit is named by key."""
+
+from collections.abc import Mapping
+
+import pytest
+from pydantic import ValidationError
+
+from common.catalogue.architectures import ARCHITECTURES, LayoutMismatch, identify, nearest
+
+ARGUMENTS: list[tuple[str, dict[str, object]]] = [
+    ("small_cnn", {"classes": 10, "channels": 1, "width": 8}),
+    ("small_cnn", {"classes": 43}),
+    ("small_vgg", {"classes": 10}),
+    ("small_vgg", {"classes": 3, "channels": 1, "width": 5, "input_size": 64}),
+    ("resnet18_cifar", {"classes": 100, "width": 16}),
+    ("resnet18_cifar", {"channels": 1}),
+    ("preact_resnet18_cifar", {"classes": 43}),
+    ("preact_resnet18_cifar", {"width": 8, "channels": 4}),
+]
+
+
+def layout(name: str, given: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """Return the keys and shapes of an architecture built from *given*."""
+    architecture = ARCHITECTURES[name]
+    return architecture.layout(architecture.arguments(**given))
+
+
+@pytest.mark.parametrize(("name", "given"), ARGUMENTS)
+def test_identify_returns_the_arguments_a_layout_was_made_from(
+    name: str, given: dict[str, object]
+) -> None:
+    """identify(layout(args)) == [(name, args)]: no other architecture fits, none is lost."""
+    assert identify(layout(name, given)) == [(name, ARCHITECTURES[name].arguments(**given))]
+
+
+@pytest.mark.parametrize(("name", "given"), ARGUMENTS)
+def test_old_checkpoints_without_batch_counters_fit(name: str, given: dict[str, object]) -> None:
+    """A layout without any num_batches_tracked key fits as the full one does."""
+    shapes = {
+        key: shape
+        for key, shape in layout(name, given).items()
+        if not key.endswith(".num_batches_tracked")
+    }
+    assert identify(shapes) == [(name, ARCHITECTURES[name].arguments(**given))]
+
+
+def test_mismatch_names_the_keys_that_differ() -> None:
+    """A missing, a surplus and a misshaped key are each reported under their own name."""
+    shapes = layout("small_cnn", {"width": 8})
+    del shapes["bn2.weight"]
+    shapes["extra"] = (1,)
+    shapes["conv3.weight"] = (32, 16, 5, 5)
+    with pytest.raises(LayoutMismatch) as raised:
+        ARCHITECTURES["small_cnn"].fit(shapes, {})
+    assert raised.value.missing == ["bn2.weight"]
+    assert raised.value.unexpected == ["extra"]
+    assert raised.value.misshaped == [("conv3.weight", (32, 16, 5, 5), (32, 16, 3, 3))]
+
+
+def test_given_argument_that_disagrees_with_the_shapes_is_refused() -> None:
+    """What the user says is not overruled: it must fit the state dict, or fit() raises."""
+    shapes = layout("resnet18_cifar", {"width": 16})
+    architecture = ARCHITECTURES["resnet18_cifar"]
+    assert architecture.fit(shapes, {"width": 16}).model_dump()["width"] == 16
+    with pytest.raises(LayoutMismatch) as raised:
+        architecture.fit(shapes, {"classes": 11})
+    assert ("linear.bias", (10,), (11,)) in raised.value.misshaped
+
+
+@pytest.mark.parametrize(
+    "given", [{"width": "16"}, {"width": True}, {"width": 0}, {"depth": 18}, {"width": 16.0}]
+)
+def test_given_arguments_are_typed_and_known(given: dict[str, object]) -> None:
+    """Unknown names, other types and values out of bounds are a ValidationError."""
+    with pytest.raises(ValidationError):
+        ARCHITECTURES["resnet18_cifar"].fit(layout("resnet18_cifar", {}), given)
+
+
+def test_any_input_size_with_the_same_last_layer_is_accepted() -> None:
+    """35 and 32 pixels leave small_vgg's last layer the same, so either may be said."""
+    shapes = layout("small_vgg", {"input_size": 32})
+    assert (
+        ARCHITECTURES["small_vgg"].fit(shapes, {"input_size": 35}).model_dump()["input_size"] == 35
+    )
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {},
+        {"conv1.weight": ()},
+        {"conv1.weight": (0, 0, 0, 0), "linear.weight": (10**12, 1)},
+        {"features.0.weight": (-1, -1), "classifier.weight": (-5, -9)},
+        {"features.0.weight": (1, 10**9), "classifier.weight": (10, 10**18)},
+    ],
+)
+def test_hostile_shapes_fit_nothing(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Whatever the shapes are, the answer is "fits nothing", not another exception."""
+    assert identify(shapes) == []
+    for architecture in ARCHITECTURES.values():
+        with pytest.raises(LayoutMismatch):
+            architecture.fit(shapes, {})
+
+
+def test_nearest_suggests_what_was_meant() -> None:
+    """A misspelt name leads to the right one; nonsense leads nowhere."""
+    assert nearest("resnet18_cifr")[0] == "resnet18_cifar"
+    assert nearest("ResNet18")[0] == "resnet18_cifar"
+    assert nearest("zzzz") == []
