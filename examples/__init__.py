@@ -1,0 +1,1 @@
+"""Runnable examples: the demo, its attack, and scripts for CI systems."""
