@@ -14,6 +14,9 @@ statuses are the service's business (``service/app.py``).
 import inspect
 from typing import Any, ClassVar
 
+MAX_DETAIL_LENGTH = 2000
+"""Length of a detail: it may quote names from a hostile file, and is kept with the job."""
+
 
 class Problem(Exception):
     """Something went wrong."""
@@ -23,7 +26,7 @@ class Problem(Exception):
     default_hint: ClassVar[str] = ""
 
     def __init__(self, detail: str | None = None, *, hint: str | None = None) -> None:
-        self.detail = detail or inspect.getdoc(type(self)) or self.title
+        self.detail = (detail or inspect.getdoc(type(self)) or self.title)[:MAX_DETAIL_LENGTH]
         self.hint = self.default_hint if hint is None else hint
         super().__init__(self.detail)
 

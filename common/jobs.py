@@ -17,18 +17,15 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, and_, delete, func, or_, select, text, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from common import retention
 from common.blobs import BlobStore
 from common.db import (
-    TERMINAL_STATES,
-    Blob,
     IdempotencyKey,
     Job,
     JobBlob,
     State,
-    Worker,
     is_postgres,
     now,
 )
@@ -52,10 +49,8 @@ MAX_MEMORY_FAILURES = 2
 """Attempts that may end out of memory: the second one rules out a crowded device."""
 
 _RING_LIMIT = 100
-_SWEEP_LIMIT = 500
 _SWEEP_LOCK = 0x53574550  # any constant of ours
 _QUOTA_LOCK = 0x51554F54  # another one
-_WORKER_MEMORY_SECONDS = 86400.0
 
 QUEUED_PROGRESS: Mapping[str, Any] = {
     "phase": "queued",
@@ -90,22 +85,6 @@ class Idempotency:
     token: str
     key: str
     fingerprint: str
-
-
-def reserve_blobs(session: Session, keys: Sequence[str]) -> None:
-    """
-    Announce that *keys* are about to be stored, so that the sweep leaves them alone.
-
-    Call it in a transaction of its own before the files are moved to their place: the sweep deletes
-    file and row under the row's lock, and only rows that nobody has touched for the grace time.
-    """
-    insert = postgresql.insert if is_postgres(session) else sqlite.insert
-    for key in sorted(set(keys)):  # sorted: two requests that lock the same rows agree on the order
-        session.execute(
-            insert(Blob)
-            .values(key=key, touched_at=now())
-            .on_conflict_do_update(index_elements=[Blob.key], set_={"touched_at": now()})
-        )
 
 
 def find_replay(session: Session, tenant: str, idempotency: Idempotency) -> Job | None:
@@ -496,8 +475,8 @@ def sweep(
             return None
     requeued, lost = _sweep_leases(session, retention_seconds)
     late = _sweep_deadlines(session, retention_seconds)
-    purged = _sweep_expired(session, store)
-    orphans = _sweep_uploads(session, store, orphan_grace_seconds)
+    purged = retention.sweep_expired(session, store)
+    orphans = retention.sweep_uploads(session, store, orphan_grace_seconds)
     waiting = session.scalars(
         select(Job.id)
         .where(Job.state == State.QUEUED)
@@ -507,35 +486,6 @@ def sweep(
     return Swept(
         requeued=requeued, ended=lost + late, purged=purged, orphans=orphans, waiting=waiting
     )
-
-
-def sweep_outputs(session: Session, store: BlobStore) -> int:
-    """Delete outputs that no job names: their worker died between storing and finishing."""
-    removed = 0
-    for key in list(store.keys("outputs")):
-        _, job_id, name = key.split("/")
-        token = name.partition("-")[2]
-        wanted = session.scalar(
-            select(Job.id).where(
-                Job.id == job_id,
-                or_(
-                    Job.output_key == key,
-                    and_(Job.state == State.RUNNING, Job.lease_token == token),
-                ),
-            )
-        )
-        if wanted is None:
-            store.delete(key)
-            removed += 1
-    return removed
-
-
-def forget_idempotency(session: Session, *, older_than_seconds: float) -> None:
-    """Forget keys whose promise has run out, and workers that were not heard of for a day."""
-    session.execute(
-        delete(IdempotencyKey).where(IdempotencyKey.created_at < now(-older_than_seconds))
-    )
-    session.execute(delete(Worker).where(Worker.seen_at < now(-_WORKER_MEMORY_SECONDS)))
 
 
 def _sweep_leases(session: Session, retention_seconds: float) -> tuple[int, int]:
@@ -573,45 +523,6 @@ def _sweep_deadlines(session: Session, retention_seconds: float) -> int:
     # A worker that handed its job back may not have heard of the cancel.
     unwanted = or_(late, Job.cancel_requested.is_(True))
     return _cancel_where(session, and_(Job.state == State.QUEUED, unwanted), retention_seconds)
-
-
-def _sweep_expired(session: Session, store: BlobStore) -> int:
-    """Files first, row second: a crash between them repeats the delete, which is harmless."""
-    expired = session.scalars(
-        select(Job)
-        .where(
-            Job.state.in_(sorted(TERMINAL_STATES)),
-            Job.expires_at <= now(),
-            Job.purged_at.is_(None),
-        )
-        .limit(_SWEEP_LIMIT)
-    ).all()
-    for job in expired:
-        if job.output_key is not None:
-            store.delete(job.output_key)
-        session.execute(update(Job).where(Job.id == job.id).values(purged_at=now(), report=None))
-    return len(expired)
-
-
-def _sweep_uploads(session: Session, store: BlobStore, grace_seconds: float) -> int:
-    """
-    Delete the uploads that no unfinished job needs.
-
-    Row and file go under the row's lock: a request that wants the same bytes touches the row first
-    (``reserve_blobs``), so it either waits and stores the file anew, or keeps this statement away.
-    """
-    needed = select(JobBlob.blob_key).where(JobBlob.blob_key == Blob.key).exists()
-    stale = (
-        select(Blob.key)
-        .where(Blob.touched_at < now(-grace_seconds), ~needed)
-        .limit(_SWEEP_LIMIT)
-        .with_for_update(skip_locked=True)
-    )
-    keys = session.scalars(stale).all()
-    for key in keys:
-        session.execute(delete(Blob).where(Blob.key == key))
-        store.delete(key)
-    return len(keys)
 
 
 # Statements that several of the above share --------------------------------------------------------

@@ -5,7 +5,7 @@ import time
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from common import jobs
+from common import jobs, retention
 from common.blobs import BlobStore
 from common.db import Database
 from common.queue import Doorbell
@@ -73,5 +73,7 @@ class Sweeper:
     def sweep_slowly(self) -> None:
         """Delete outputs that no job names and forget what nobody may ask for any more."""
         with self._database.write() as session:
-            jobs.sweep_outputs(session, self._store)
-            jobs.forget_idempotency(session, older_than_seconds=self._settings.idempotency_seconds)
+            retention.sweep_outputs(session, self._store)
+            retention.forget_idempotency(
+                session, older_than_seconds=self._settings.idempotency_seconds
+            )

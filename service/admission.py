@@ -213,8 +213,14 @@ def _json_object(texts: Mapping[str, str], field: str) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_unique,
+        )
         depth = _depth(value)
+        json.dumps(value, ensure_ascii=False).encode()  # an escaped half of a character fails here
     except (ValueError, RecursionError) as exc:
         raise InvalidField(f"{field!r} is not JSON: {str(exc)[:200]}.") from exc
     if not isinstance(value, dict):
@@ -226,6 +232,13 @@ def _json_object(texts: Mapping[str, str], field: str) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -273,7 +286,7 @@ def _whole_number(
     except ValueError as exc:
         raise InvalidField(f"{field!r} is not a whole number: {text[:40]!r}.") from exc
     if not low <= value <= high:
-        raise InvalidField(f"{field!r} is {value}; it goes from {low} to {high}.")
+        raise InvalidField(f"{field!r} is {text[:40]}; it goes from {low} to {high}.")
     return value
 
 

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -37,6 +38,8 @@ _DESCRIPTION = """
 Purify neural networks that you did not train: POST a checkpoint with a few clean samples, poll, and
 download a checkpoint that loads exactly where the old one did.
 """
+
+_ENDPOINTS = (jobs, results, about)
 
 log = structlog.get_logger(__name__)
 
@@ -73,14 +76,13 @@ def create_app(settings: Settings) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    for module in (jobs, results, about):
+    for module in _ENDPOINTS:
         app.include_router(module.router)
     app.add_middleware(Edge, settings=settings)
     app.add_exception_handler(Problem, _answer_problem)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(SQLAlchemyError, _answer_database)
-    app.add_exception_handler(Exception, _answer_bug)
     return app
 
 
@@ -115,18 +117,25 @@ async def _answer_http(request: Request, exc: Exception) -> Response:
         case 404:
             return _answer(request, NotFound(f"There is nothing at {request.url.path[:200]!r}."))
         case 405:
-            return _answer(request, MethodNotAllowed(), headers)
+            return _answer(request, MethodNotAllowed(), headers | _allowed(request.url.path))
         case _:
             return _answer(request, NotMultipart(str(exc.detail)))
+
+
+def _allowed(path: str) -> dict[str, str]:
+    """Name every verb of *path*: the framework names only those of the first route that has it."""
+    verbs = {
+        verb
+        for module in _ENDPOINTS
+        for route in module.router.routes
+        if isinstance(route, APIRoute) and route.path_regex.fullmatch(path)
+        for verb in route.methods or ()
+    }
+    return {"allow": ", ".join(sorted(verbs))} if verbs else {}
 
 
 async def _answer_database(request: Request, exc: Exception) -> Response:
     log.error("database-failed", exc_info=exc)
     if isinstance(exc, OperationalError):
         return _answer(request, Unavailable("The database does not answer."))
-    return _answer(request, InternalError())
-
-
-async def _answer_bug(request: Request, exc: Exception) -> Response:
-    log.error("bug", exc_info=exc)
     return _answer(request, InternalError())

@@ -1,6 +1,7 @@
 """What every endpoint works with, and the few things that all of them do alike."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,15 @@ from starlette.concurrency import run_in_threadpool
 
 from common.blobs import BlobStore
 from common.db import Database
+from common.errors import NotFound
 from common.queue import Doorbell
 from common.settings import Settings
 from service import auth
 from service.auth import Principal
 
 T = TypeVar("T")
+
+_JOB_ID = re.compile(r"job_[0-9a-f]{24}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,21 @@ async def _principal(request: Request, here: Here) -> Principal:
 
 
 Caller = Annotated[Principal, Depends(_principal)]
+
+
+def known_form(job_id: str) -> str:
+    """
+    Return *job_id* if it looks like one: a database need not be asked for anything else.
+
+    Raises:
+        NotFound: No job was ever called this; Postgres would choke on some of it, such as NUL.
+    """
+    if not _JOB_ID.fullmatch(job_id):
+        raise NotFound(f"There is no job {job_id[:80]!r}.")
+    return job_id
+
+
+JobId = Annotated[str, Depends(known_form)]
 
 
 async def in_thread(database: Database, use: Callable[[Session], T], *, write: bool = False) -> T:

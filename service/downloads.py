@@ -16,7 +16,8 @@ from common.db import Job
 from common.errors import Expired, InternalError, RangeNotSatisfiable
 
 _CHUNK_BYTES = 256 << 10
-_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+_MEDIA_TYPE = "application/octet-stream"
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,11 @@ def content_disposition(name: str) -> str:
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
 
 
-def send_model(job: Job, name: str, store: BlobStore, headers: Headers) -> Response:
+def send_model(
+    job: Job, name: str, store: BlobStore, headers: Headers, *, with_body: bool
+) -> Response:
     """
-    Answer a download of the job's model.
+    Answer a download of the job's model, or a ``HEAD`` of it, which reads nothing and has no range.
 
     Raises:
         Expired: The file was deleted at this moment.
@@ -83,12 +86,16 @@ def send_model(job: Job, name: str, store: BlobStore, headers: Headers) -> Respo
     if etag_matches(headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=common)
     wanted = None
-    if headers.get("if-range", etag) == etag:
+    if with_body and headers.get("if-range", etag) == etag:
         wanted = requested_range(headers.get("range"), size)
     try:
         file = store.open(key)
     except FileNotFoundError as exc:
         raise Expired from exc
+    if not with_body:
+        file.close()
+        common["Content-Length"] = str(size)
+        return Response(headers=common, media_type=_MEDIA_TYPE)
     part = wanted or ByteRange(0, size - 1)
     if wanted is not None:
         common["Content-Range"] = f"bytes {part.first}-{part.last}/{size}"
@@ -96,7 +103,7 @@ def send_model(job: Job, name: str, store: BlobStore, headers: Headers) -> Respo
         _read(file, part),
         status_code=200 if wanted is None else 206,
         headers={**common, "Content-Length": str(part.last - part.first + 1)},
-        media_type="application/octet-stream",
+        media_type=_MEDIA_TYPE,
     )
 
 

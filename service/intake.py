@@ -1,19 +1,23 @@
 """Take a checked form in: its files, then its row, in an order that survives a crash anywhere."""
 
 import shutil
+from collections.abc import Iterable
 
+import structlog
 from fastapi import Request
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from common import jobs
+from common import jobs, retention
 from common.blobs import upload_key
 from common.db import Job
-from common.errors import NoSpace
+from common.errors import NoSpace, Unavailable
 from common.jobs import Idempotency, NewJob
 from service.admission import Admitted
 from service.auth import Principal
 from service.context import Context
 from service.uploads import Form
+
+log = structlog.get_logger(__name__)
 
 
 def check_room(here: Context, caller: Principal, announced_bytes: int) -> None:
@@ -42,8 +46,24 @@ def accept(
     if idempotency is not None and (job := _replay(here, caller, idempotency)) is not None:
         return job, True
     keys = {role: upload_key(caller.tenant, file.sha256) for role, file in form.files.items()}
+    try:
+        return _store(here, caller, form, keys, admitted, idempotency, request_id)
+    except Exception:
+        _give_back(here, keys.values())
+        raise
+
+
+def _store(
+    here: Context,
+    caller: Principal,
+    form: Form,
+    keys: dict[str, str],
+    admitted: Admitted,
+    idempotency: Idempotency | None,
+    request_id: str,
+) -> tuple[Job, bool]:
     with here.database.write() as session:
-        jobs.reserve_blobs(session, list(keys.values()))
+        retention.reserve_blobs(session, list(keys.values()))
     for role, file in form.files.items():
         if file.path.exists():  # two parts with the same bytes share a blob, and only one moves
             here.store.put(keys[role], file.path)
@@ -65,11 +85,22 @@ def accept(
                 max_active_jobs=here.settings.max_active_jobs,
                 idempotency=idempotency,
             )
+            if not retention.claim_blobs(session, keys.values()):
+                raise Unavailable("A file was cleared away while its job was made; send it again.")
     except IntegrityError:
         if idempotency is None or (found := _replay(here, caller, idempotency)) is None:
             raise
         return found, True
     return job, False
+
+
+def _give_back(here: Context, keys: Iterable[str]) -> None:
+    """Delete the files that were stored for nothing; another job's stay."""
+    try:
+        with here.database.write() as session:
+            retention.drop_unclaimed_blobs(session, here.store, keys)
+    except (SQLAlchemyError, OSError) as exc:  # the sweep will come by
+        log.warning("not-given-back", error=str(exc).splitlines()[0])
 
 
 def _replay(here: Context, caller: Principal, idempotency: Idempotency) -> Job | None:

@@ -22,7 +22,12 @@ _TEXTS: dict[str, dict[str, Any]] = {
     "architecture_args": {"type": "string", "description": "JSON object of its arguments."},
     "method": {"type": "string", "default": "awm", "description": "A name of `GET /methods`."},
     "params": {"type": "string", "description": "JSON object of the method's parameters."},
-    "seed": {"type": "integer", "default": 0, "minimum": 0},
+    "seed": {
+        "type": "integer",
+        "default": 0,
+        "minimum": 0,
+        "description": "What every random choice of the job starts from.",
+    },
     "mean": {
         "type": "string",
         "description": "Comma list, one per channel.",
@@ -33,7 +38,13 @@ _TEXTS: dict[str, dict[str, Any]] = {
         "description": "Comma list, one per channel.",
         "example": "0.5,0.5,0.5",
     },
-    "priority": {"type": "integer", "default": 0, "minimum": -100, "maximum": 100},
+    "priority": {
+        "type": "integer",
+        "default": 0,
+        "minimum": -100,
+        "maximum": 100,
+        "description": "Jobs of a higher priority are worked on first.",
+    },
     "cancel_after": {"type": "number", "description": "Seconds after which the job is cancelled."},
     "metadata": {"type": "string", "description": "JSON object that comes back with the job."},
     "path": {"type": "string", "description": "The model's path in your repository."},
@@ -91,11 +102,13 @@ _STATUSES = {
     507: "No space left.",
 }
 
+_PROBLEM_SCHEMA = f"#/components/schemas/{ProblemView.__name__}"
+
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {
         "description": description,
-        "model": ProblemView,
-        "content": {"application/problem+json": {}},
+        # With "model" FastAPI would say that it is application/json.
+        "content": {"application/problem+json": {"schema": {"$ref": _PROBLEM_SCHEMA}}},
     }
     for status, description in _STATUSES.items()
 }

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from streaming_form_data import ParseFailedException, StreamingFormDataParser
-from streaming_form_data.parser import UnexpectedPartException
+from streaming_form_data.parser import UnexpectedPartException, parse_content_boundary
 from streaming_form_data.targets import BaseTarget
 
 from common.errors import (
@@ -53,6 +53,7 @@ TEXTS = (
 
 _BATCH_BYTES = 1 << 20  # what one trip to a thread parses, hashes and writes
 _MAX_NAME_LENGTH = 120
+_EPILOGUE_BYTES = 1024  # may follow the last delimiter; no client is known to send any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +217,17 @@ async def _receive(request: Request, settings: Settings, folder: Path) -> Form:
         parser = StreamingFormDataParser(headers=request.headers, strict=True)
         for target in targets:
             parser.register(target.field, target)
-    except (ParseFailedException, UnicodeError, ValueError) as exc:
+        last_delimiter = b"--" + parse_content_boundary(request.headers) + b"--"
+    except (ParseFailedException, ValueError, LookupError, AttributeError, TypeError) as exc:
+        # The standard library's header parser trips over some malformed types ("boundary*").
         raise NotMultipart(f"The body is not a form: {exc}.") from exc
+    end, kept = b"", len(last_delimiter) + _EPILOGUE_BYTES
     try:
         async for batch in _batches(request, settings.max_body_bytes):
             await run_in_threadpool(_feed, parser, targets, batch)
+            end = (end + batch[-kept:])[-kept:]
+        if last_delimiter not in end:  # the parser is content with a form that stops anywhere
+            raise NotMultipart("The form ends before its last delimiter.")
         return await run_in_threadpool(_complete, files, texts)
     finally:
         for file in files.values():

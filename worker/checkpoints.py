@@ -136,14 +136,14 @@ def _load_torch(path: Path) -> Any:
     except Problem:
         raise
     except (UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError) as exc:
-        raise DamagedFile(f"torch refuses the file: {str(exc).splitlines()[0][:200]}") from exc
+        raise DamagedFile(f"torch refuses the file: {_first_line(exc)}") from exc
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         loaded = safetensors.torch.load_file(path, device="cpu")
     except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError) as exc:
-        raise DamagedFile(f"safetensors refuses the file: {str(exc)[:200]}") from exc
+        raise DamagedFile(f"safetensors refuses the file: {_first_line(exc)}") from exc
     return {key: loaded[key] for key in tensor_positions(path)}
 
 
@@ -159,6 +159,11 @@ def _save_safetensors(checkpoint: Checkpoint, path: Path) -> None:
         for key in sorted(checkpoint._replaced):
             file.seek(positions[checkpoint.prefix + key])
             file.write(_bits(checkpoint.tensors[key]).numpy().tobytes())
+
+
+def _first_line(exc: Exception) -> str:
+    """Return what a loader says, without the advice that follows in its later lines."""
+    return (str(exc) or type(exc).__name__).splitlines()[0][:200]
 
 
 def _find_tensors(root: Any) -> tuple[str, dict[str, Tensor]]:

@@ -8,25 +8,21 @@ is called through one function, whatever rang: ``run``.
 
 import errno
 import hashlib
-import os
 import shutil
-import stat
 import threading
 import time
 from collections.abc import Callable
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import structlog
-from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
 from common import jobs
 from common.blobs import BlobStore, output_key
 from common.db import Database
 from common.errors import (
-    PROBLEMS,
     Fault,
     InternalError,
     JobCrashed,
@@ -39,13 +35,12 @@ from common.folders import ProcessFolder, sweep_dead_folders
 from common.jobs import Lease, Outcome, Standing
 from common.settings import Settings
 from common.spec import JobSpec
-from worker.child import OUTPUT, RESULT
+from worker.child import OUTPUT
+from worker.leavings import as_problem, digest_output, read_result
 from worker.process import Child
 
 _TICK_SECONDS = 0.1
 _CHUNK_BYTES = 1 << 20
-_MAX_RESULT_BYTES = 16 << 20
-"""Size of a report: a thousand layers and a thousand epochs take less than 1 MiB."""
 
 log = structlog.get_logger(__name__)
 
@@ -58,17 +53,6 @@ class _Ended(Enum):
     LOST = auto()  # the lease is somebody else's
     TOO_LATE = auto()
     GOING_AWAY = auto()  # this worker has to stop
-
-
-class _ChildResult(BaseModel):
-    """What a child may leave; anything else is a crash."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    verdict: str | None = None
-    remediation: str | None = None
-    report: dict[str, Any] | None = None
-    problem: dict[str, Any] | None = None
 
 
 class Supervisor:
@@ -268,13 +252,13 @@ class Supervisor:
             return None
 
     def _finish(self, lease: Lease, spec: JobSpec, folder: Path, child: Child) -> None:
-        result = _read_result(folder)
+        result = read_result(folder)
         if result is None:
             raise JobCrashed(f"The job's process ended with the status {child.exit_status}.")
         if result.problem is not None:
-            raise _as_problem(result.problem)
+            raise as_problem(result.problem)
         output = folder / OUTPUT
-        sha256, size = _digest(output, limit=spec.model.bytes * 2 + (1 << 20))
+        sha256, size = digest_output(output, limit=spec.model.bytes * 2 + (1 << 20))
         key = output_key(lease.job_id, lease.attempt, lease.token)
         self._store.put(key, output)
         # If the commit itself fails, nobody knows whether the row names the blob: the sweep looks.
@@ -326,46 +310,3 @@ def with_eta(progress: dict[str, Any], *, elapsed_seconds: float) -> dict[str, A
     if fraction >= 0.05:  # before that, the pace is that of loading
         eta = round(elapsed_seconds * (1 - fraction) / fraction)
     return {**progress, "eta_seconds": eta}
-
-
-def _read_result(folder: Path) -> _ChildResult | None:
-    """Return what the child left, or ``None`` if that is not a result."""
-    try:
-        with _open_plain(folder / RESULT) as file:
-            text = file.read(_MAX_RESULT_BYTES + 1)
-        if len(text) > _MAX_RESULT_BYTES:
-            return None
-        return _ChildResult.model_validate_json(text)
-    except (OSError, ValidationError):
-        return None
-
-
-def _as_problem(stored: dict[str, Any]) -> Problem:
-    """Turn a child's problem back into its class; an unknown code is a crash."""
-    known = PROBLEMS.get(str(stored.get("code")))
-    if known is None:
-        return JobCrashed("The job's process reported a problem that does not exist.")
-    return known(str(stored.get("detail"))[:2000])
-
-
-def _digest(path: Path, *, limit: int) -> tuple[str, int]:
-    """Return digest and size of the output, which may not be a link or larger than *limit*."""
-    digest = hashlib.sha256()
-    size = 0
-    with _open_plain(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-            if size > limit:
-                raise InternalError("The written model is implausibly large.")
-    return digest.hexdigest(), size
-
-
-def _open_plain(path: Path) -> BinaryIO:
-    """Open a plain file; a link or a device that a child put there is an ``OSError``."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    file = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
-        raise OSError(f"{path.name} is not a plain file")
-    return file

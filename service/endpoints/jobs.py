@@ -17,7 +17,17 @@ from common.jobs import Filter, Idempotency
 from service import downloads
 from service.admission import admit
 from service.auth import Principal
-from service.context import Caller, Context, Here, base_url, in_thread, json_answer, wants_text
+from service.context import (
+    Caller,
+    Context,
+    Here,
+    JobId,
+    base_url,
+    in_thread,
+    json_answer,
+    known_form,
+    wants_text,
+)
 from service.intake import accept, announced_bytes, check_room
 from service.openapi import CREATE_JOB, PROBLEM_RESPONSES
 from service.schemas import DryRun, JobList, JobView, input_view, job_view, progress_line
@@ -39,12 +49,15 @@ router = APIRouter(responses=PROBLEM_RESPONSES)
 @router.post(
     "/jobs",
     status_code=202,
-    response_model=JobView | DryRun,
+    response_model=JobView,
     summary="Purify a model",
     openapi_extra=CREATE_JOB,
     responses={
-        200: {"description": "It ended within `?wait=`, or this was a dry run.", "model": JobView},
-        202: {"description": "Accepted; poll `Location`.", "model": JobView},
+        200: {
+            "description": "It ended within `?wait=`, or this was a dry run.",
+            "model": JobView | DryRun,
+        },
+        202: {"description": "Accepted; poll `Location`."},
     },
 )
 async def create_job(  # noqa: D103 - the summary above says it
@@ -111,6 +124,8 @@ async def list_jobs(  # noqa: D103
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
 ) -> Response:
+    if after is not None:
+        known_form(after)
     wanted = Filter(state=state, verdict=verdict, sha256=sha256)
 
     def fetch(session: Session) -> JobList:
@@ -135,7 +150,7 @@ async def list_jobs(  # noqa: D103
     responses={304: {"description": "It is as `If-None-Match` says."}},
 )
 async def read_job(  # noqa: D103
-    request: Request, here: Here, caller: Caller, job_id: str, wait: Wait = None
+    request: Request, here: Here, caller: Caller, job_id: JobId, wait: Wait = None
 ) -> Response:
     job = await _wait_for_end(request, here, caller, job_id, wait)
     if wants_text(request):
@@ -148,7 +163,7 @@ async def read_job(  # noqa: D103
 
 @router.post("/jobs/{job_id}/cancel", response_model=JobView, summary="Cancel a job")
 async def cancel_job(  # noqa: D103
-    request: Request, here: Here, caller: Caller, job_id: str
+    request: Request, here: Here, caller: Caller, job_id: JobId
 ) -> Response:
     job = await in_thread(
         here.database,
@@ -164,7 +179,7 @@ async def cancel_job(  # noqa: D103
 
 
 @router.delete("/jobs/{job_id}", status_code=204, summary="Delete a job's files")
-async def delete_job(here: Here, caller: Caller, job_id: str) -> Response:  # noqa: D103
+async def delete_job(here: Here, caller: Caller, job_id: JobId) -> Response:  # noqa: D103
     await in_thread(
         here.database,
         lambda session: jobs.purge(

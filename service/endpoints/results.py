@@ -8,20 +8,27 @@ from starlette.concurrency import run_in_threadpool
 
 from common import jobs
 from common.db import Job, State
-from common.errors import Expired, InvalidField, NoModel, NoReport, StillRunning
+from common.errors import (
+    Expired,
+    InvalidField,
+    NoModel,
+    NoReport,
+    RangeNotSatisfiable,
+    StillRunning,
+)
 from common.spec import JobSpec
-from service import downloads
+from service import downloads, problems
 from service.auth import Principal
-from service.context import Caller, Here, base_url, in_thread, json_answer
+from service.context import Caller, Here, JobId, base_url, in_thread, json_answer
 from service.openapi import PROBLEM_RESPONSES
 from service.schemas import job_view, progress_line
 
 router = APIRouter(responses=PROBLEM_RESPONSES)
 
 
-@router.api_route(
+@router.head("/jobs/{job_id}/model", include_in_schema=False)
+@router.get(
     "/jobs/{job_id}/model",
-    methods=["GET", "HEAD"],
     summary="Download the purified model",
     response_class=Response,
     responses={
@@ -34,7 +41,7 @@ async def read_model(  # noqa: D103
     request: Request,
     here: Here,
     caller: Caller,
-    job_id: str,
+    job_id: JobId,
     format: Annotated[  # noqa: A002 - the name clients use
         Literal["pt", "safetensors"] | None, Query(description="The uploaded format is kept.")
     ] = None,
@@ -45,9 +52,22 @@ async def read_model(  # noqa: D103
         raise InvalidField(
             f"The model was uploaded as {spec.model.format} and is not converted to {format}."
         )
-    return await run_in_threadpool(
-        downloads.send_model, job, spec.download_name, here.store, request.headers
-    )
+    try:
+        return await run_in_threadpool(
+            downloads.send_model,
+            job,
+            spec.download_name,
+            here.store,
+            request.headers,
+            with_body=request.method != "HEAD",
+        )
+    except RangeNotSatisfiable as problem:
+        return problems.answer(
+            problem,
+            instance=request.url.path,
+            request_id=request.state.request_id,
+            headers={"Content-Range": f"bytes */{job.output_bytes}"},
+        )
 
 
 @router.get(
@@ -57,7 +77,7 @@ async def read_model(  # noqa: D103
     responses={200: {"description": "One line.", "content": {"text/plain": {}}}},
 )
 async def read_model_digest(  # noqa: D103
-    here: Here, caller: Caller, job_id: str
+    here: Here, caller: Caller, job_id: JobId
 ) -> Response:
     job = await in_thread(here.database, lambda s: _ended_with_model(s, caller, job_id))
     name = JobSpec.model_validate(job.spec).download_name
@@ -71,7 +91,7 @@ async def read_model_digest(  # noqa: D103
     responses={200: {"description": "The report.", "content": {"application/json": {}}}},
 )
 async def read_report(  # noqa: D103
-    request: Request, here: Here, caller: Caller, job_id: str
+    request: Request, here: Here, caller: Caller, job_id: JobId
 ) -> Response:
     def fetch(session: Session) -> dict[str, Any]:
         job = _ended(session, caller, job_id)

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 
-from common import jobs
+from common import jobs, retention
 from common.blobs import FileBlobStore, output_key, upload_key
 from common.db import Blob, Database, IdempotencyKey, Job, JobBlob, State, Worker, now
 from common.errors import (
@@ -184,7 +184,7 @@ def sweep(
 def reserve(database: Database, *keys: str) -> None:
     """Reserve in a transaction of its own."""
     with database.write() as session:
-        jobs.reserve_blobs(session, keys)
+        retention.reserve_blobs(session, keys)
 
 
 def put(store: FileBlobStore, key: str, content: bytes = b"abc") -> None:
@@ -228,7 +228,7 @@ def test_write_that_raises_leaves_nothing(database: Database) -> None:
 
     def half_a_write() -> None:
         with database.write() as session:
-            jobs.reserve_blobs(session, [MODEL])
+            retention.reserve_blobs(session, [MODEL])
             lease = jobs.claim(session, worker="w", lease_seconds=LEASE_SECONDS, job_id=job_id)
             assert lease is not None
             raise RuntimeError
@@ -331,12 +331,12 @@ def test_idempotency_keys_and_silent_workers_are_forgotten(database: Database) -
                 )
             )
     with database.write() as session:
-        jobs.forget_idempotency(session, older_than_seconds=60)
+        retention.forget_idempotency(session, older_than_seconds=60)
     with database.read() as session:
         assert jobs.find_replay(session, "acme", ONCE) is not None
         assert list(session.scalars(select(Worker.name))) == ["here"]
     with database.write() as session:
-        jobs.forget_idempotency(session, older_than_seconds=-60)
+        retention.forget_idempotency(session, older_than_seconds=-60)
     with database.read() as session:
         assert jobs.find_replay(session, "acme", ONCE) is None
 
@@ -1074,7 +1074,7 @@ def test_sweep_during_a_reservation_leaves_the_file(
     put(store, MODEL)
     with ThreadPoolExecutor(1) as pool:
         with database.write() as session:
-            jobs.reserve_blobs(session, [MODEL])
+            retention.reserve_blobs(session, [MODEL])
             swept = pool.submit(sweep, database, store)
             time.sleep(0.2)
         assert swept.result().orphans == 0
@@ -1127,7 +1127,7 @@ def test_only_outputs_that_nobody_names_are_swept(database: Database, store: Fil
     finish(database, done, outcome=Outcome(**{**OUTCOME.__dict__, "output_key": kept[0]}))
     sweep(database, store)
     with database.write() as session:
-        assert jobs.sweep_outputs(session, store) == len(orphans)
+        assert retention.sweep_outputs(session, store) == len(orphans)
     assert sorted(store.keys("outputs")) == sorted(kept)
 
 

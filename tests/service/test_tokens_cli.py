@@ -1,0 +1,88 @@
+"""Tokens are managed from the command line, beside a running service."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.db import Database
+from common.errors import Unauthorised
+from service.__main__ import main
+from service.auth import authenticate
+
+ROOT = Path(__file__).parents[2]
+
+
+def tokens(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m service tokens``."""
+    own = {name: value for name, value in os.environ.items() if "WEIGHTWASH" not in name}
+    return subprocess.run(
+        [sys.executable, "-m", "service", "tokens", *arguments],
+        cwd=ROOT,
+        env={**own, "WEIGHTWASH_DATA_DIR": str(folder), **settings},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_token_is_made_listed_and_revoked(tmp_path: Path) -> None:
+    """The token is printed alone, works, is listed without its secret, and ends when revoked."""
+    made = tokens(tmp_path, "create", "ci", "--tenant", "acme", "--expires-days", "30")
+    assert made.returncode == 0, made.stderr
+    token = made.stdout.strip()
+    assert made.stdout == token + "\n"
+    prefix, token_id, secret = token.split("_")
+    assert prefix == "ww"
+    database = Database(f"sqlite:///{tmp_path / 'weightwash.db'}")
+    with database.read() as session:
+        assert authenticate(session, f"Bearer {token}").tenant == "acme"
+
+    listed = tokens(tmp_path, "list")
+    assert listed.returncode == 0
+    (line,) = listed.stdout.splitlines()
+    assert secret not in line
+    for word in (token_id, "live", "acme", "ci", "expires 20"):
+        assert word in line
+
+    assert tokens(tmp_path, "revoke", token_id).returncode == 0
+    again = tokens(tmp_path, "revoke", token_id)
+    assert again.returncode == 1
+    assert token_id in again.stderr
+    assert "Traceback" not in again.stderr
+    with database.read() as session, pytest.raises(Unauthorised):
+        authenticate(session, f"Bearer {token}")
+    database.close()
+
+
+def test_name_that_is_no_word_is_refused(tmp_path: Path) -> None:
+    """A mistake ends with one sentence."""
+    run = tokens(tmp_path, "create", "ci", "--tenant", "../x")
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert len(run.stderr.splitlines()) == 1
+    assert "is not a name" in run.stderr
+
+
+def test_open_door_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A public address without authentication does not start; the sentence says what to set."""
+    monkeypatch.setenv("WEIGHTWASH_HOST", "0.0.0.0")
+    assert main(["serve"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert "WEIGHTWASH_AUTH=tokens" in said.err
+
+
+def test_wrong_setting_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting that does not parse is told by the name of its variable."""
+    monkeypatch.setenv("WEIGHTWASH_PORT", "eighty")
+    assert main(["serve"]) == 2
+    assert capsys.readouterr().err.startswith("WEIGHTWASH_PORT: ")

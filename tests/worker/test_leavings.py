@@ -1,0 +1,68 @@
+"""What a child leaves behind is read as if the upload itself had written it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from common.errors import InternalError, JobCrashed, WeightsNotFinite
+from worker.leavings import as_problem, digest_output, read_result
+
+
+def test_honest_result_is_read(tmp_path: Path) -> None:
+    """A result comes back as it was written."""
+    written = {"verdict": None, "remediation": "purified", "report": {"x": 1}}
+    (tmp_path / "result.json").write_text(json.dumps(written))
+    result = read_result(tmp_path)
+    assert result is not None
+    assert result.report == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"verdict": 1}', b'{"unknown": 1}', b"\xff", b" " * ((16 << 20) + 1)],
+)
+def test_anything_else_is_no_result(tmp_path: Path, content: bytes) -> None:
+    """What is not a result, or is implausibly large, counts as a crash."""
+    (tmp_path / "result.json").write_bytes(content)
+    assert read_result(tmp_path) is None
+
+
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    """A link in the place of the result or of the model is refused."""
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "result.json").symlink_to(tmp_path / "secret")
+    (tmp_path / "output").symlink_to(tmp_path / "secret")
+    assert read_result(tmp_path) is None
+    with pytest.raises(OSError, match="output"):
+        digest_output(tmp_path / "output", limit=100)
+
+
+def test_no_pipe_is_waited_for(tmp_path: Path) -> None:
+    """A pipe in the place of the model is refused at once."""
+    os.mkfifo(tmp_path / "output")
+    with pytest.raises(OSError, match="plain"):
+        digest_output(tmp_path / "output", limit=100)
+
+
+def test_output_has_a_limit(tmp_path: Path) -> None:
+    """The digest is that of the bytes, up to a size that can be meant."""
+    (tmp_path / "output").write_bytes(b"weights")
+    assert digest_output(tmp_path / "output", limit=7) == (
+        hashlib.sha256(b"weights").hexdigest(),
+        7,
+    )
+    with pytest.raises(InternalError):
+        digest_output(tmp_path / "output", limit=6)
+
+
+def test_problem_crosses_the_process() -> None:
+    """A problem comes back as its own class, an unknown one as a crash."""
+    stored = WeightsNotFinite("'w' is NaN").as_dict()
+    problem = as_problem(stored)
+    assert isinstance(problem, WeightsNotFinite)
+    assert problem.detail == "'w' is NaN"
+    assert isinstance(as_problem({"code": "invented"}), JobCrashed)
+    assert isinstance(as_problem({}), JobCrashed)

@@ -1,0 +1,240 @@
+"""One job from files to files, in this process and without a service."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.catalogue.architectures import ARCHITECTURES, SmallCnnArguments
+from common.catalogue.methods import METHODS
+from common.errors import (
+    ClassCountMismatch,
+    InternalError,
+    InvalidImages,
+    InvalidParameter,
+    UnknownArchitecture,
+    UnknownMethod,
+)
+from common.formats.model import ModelFormat
+from common.spec import JobSpec, ModelInput, SamplesInput
+from tests.support.inputs import CLASSES, cnn_state, npz, samples, saved
+from worker import checkpoints
+from worker.architectures.registry import build
+from worker.normalise import normaliser
+from worker.pipeline import Files, Result, sanitise
+
+CPU = torch.device("cpu")
+QUICK = {"epochs": 2, "passes": 1}
+
+
+def _ignore(_phase: str, _step: int, _total: int, _fraction: float) -> None:
+    """Take progress and do nothing with it."""
+
+
+class Job:
+    """A job's folder and specification, to be changed before it runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state: Mapping[str, Tensor] = cnn_state()
+        self.root: Any = self.state
+        self.samples = samples()
+        self.evaluation: bytes | None = None
+        self.triggered: bytes | None = None
+        self.method = "awm"
+        self.changes: dict[str, Any] = {}
+
+    def run(self, progress: Any = _ignore) -> Result:
+        """Write the files and run."""
+        folder = self.folder
+        (folder / "model").write_bytes(saved(self.root))
+        for role in ("samples", "evaluation", "triggered"):
+            if (content := getattr(self, role)) is not None:
+                (folder / role).write_bytes(content)
+        shapes = {key: tuple(value.shape) for key, value in self.state.items()}
+        method = METHODS[self.method]
+        given = method.parameters.model_validate(QUICK if self.method == "awm" else {})
+        described = SamplesInput(
+            sha256="0" * 64, bytes=1, count=20, classes=CLASSES, image_shape=(3, 8, 8)
+        )
+        spec = JobSpec(
+            model=ModelInput(name="m.pt", sha256="0" * 64, bytes=1, format=ModelFormat.TORCH),
+            samples=described,
+            architecture="small_cnn",
+            architecture_args=ARCHITECTURES["small_cnn"].fit(shapes).model_dump(),
+            classes=CLASSES,
+            method=self.method,
+            params=method.resolve(
+                given, count=20, classes=CLASSES, image_shape=(3, 8, 8)
+            ).model_dump(),
+            seed=0,
+        ).model_copy(update=self.changes)
+        files = Files(
+            model=folder / "model",
+            samples=folder / "samples",
+            evaluation=folder / "evaluation" if self.evaluation else None,
+            triggered=folder / "triggered" if self.triggered else None,
+            output=folder / "output",
+        )
+        return sanitise(files, spec, device=CPU, progress=progress)
+
+    @property
+    def output(self) -> Any:
+        """What the written model holds."""
+        return torch.load(self.folder / "output", weights_only=True)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Return an honest job."""
+    return Job(tmp_path)
+
+
+def test_only_convolution_weights_change(job: Job) -> None:
+    """``awm`` lowers convolution weights towards 0 and leaves every other tensor as it was."""
+    result = job.run()
+    assert result.remediation == "purified"
+    for key, before in job.state.items():
+        after = job.output[key]
+        if before.ndim == 4:
+            assert bool((after.abs() <= before.abs()).all())
+            assert bool((after * before >= 0).all())
+        else:
+            assert torch.equal(after, before)
+    assert set(result.report["masks"]) == {k for k, v in job.state.items() if v.ndim == 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_come_back_in_their_own_dtype(job: Job, dtype: torch.dtype) -> None:
+    """A checkpoint of another precision is purified and keeps that precision."""
+    job.state = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in job.state.items()
+    }
+    job.root = {"net": job.state, "epoch": 3}
+    job.run()
+    written = job.output["net"]
+    assert {key: value.dtype for key, value in written.items()} == {
+        key: value.dtype for key, value in job.state.items()
+    }
+    assert any(not torch.equal(written[key], job.state[key]) for key in written)
+
+
+def test_data_parallel_prefix_is_kept(job: Job) -> None:
+    """Keys with ``module.`` are purified and come back with it, and are so named in the report."""
+    job.root = {f"module.{key}": value for key, value in job.state.items()}
+    result = job.run()
+    assert list(job.output) == list(job.root)
+    assert all(key.startswith("module.") for key in result.report["masks"])
+
+
+def test_missing_labels_are_predicted_and_reported(job: Job) -> None:
+    """Without labels the model's own answers serve, and the report says so."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    job.samples = npz(images=images)
+    report = job.run().report
+    assert report["samples"]["labels"] == "predicted by the model"
+    assert "labels-predicted" in [warning["code"] for warning in report["warnings"]]
+
+
+def test_normalisation_is_part_of_the_network(job: Job) -> None:
+    """The network answers as ``f((x - mean) / std)`` does, not as ``f(x)``."""
+    mean, std = (0.9, 0.1, 0.5), (0.05, 0.5, 0.2)
+    images = np.random.default_rng(1).random((64, 3, 8, 8), dtype=np.float32)
+    shift, scale = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
+    model = build("small_cnn", SmallCnnArguments(classes=CLASSES, channels=3, width=4)).eval()
+    model.load_state_dict(dict(job.state))
+    with torch.no_grad():
+        logits = model((torch.from_numpy(images) - shift) / scale)
+        # Centred, so that an untrained network gives more than one answer.
+        job.state["linear.bias"].sub_(logits.mean(0))
+        answers = (logits - logits.mean(0)).argmax(1)
+    assert len(answers.unique()) > 1
+    job.method = "none"
+    job.evaluation = npz(images=images, labels=answers.numpy())
+    assert job.run().report["metrics"]["before"]["accuracy"] < 1
+    (job.folder / "output").unlink()
+    job.changes = {"mean": mean, "std": std}
+    assert job.run().report["metrics"]["before"]["accuracy"] == 1
+
+
+def test_normaliser_is_per_channel() -> None:
+    """``(x - mean) / std`` channel by channel; nothing given is no step at all."""
+    images = torch.ones(2, 2, 3, 3)
+    apply = normaliser((1.0, 0.0), (2.0, 0.5), device=CPU)
+    assert apply is not None
+    assert apply(images)[0, :, 0, 0].tolist() == [0.0, 2.0]
+    assert normaliser(None, None, device=CPU) is None
+
+
+def test_triggered_images_of_the_target_class_alone_measure_nothing(job: Job) -> None:
+    """When no triggered image is left to count, the attack's success is null and not an error."""
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    job.triggered = npz(images=images, labels=np.full(4, 2), target=np.int64(2))
+    metrics = job.run().report["metrics"]
+    assert metrics["after"]["attack_success_rate"] is None
+
+
+def test_progress_never_goes_back(job: Job) -> None:
+    """The fraction grows from 0 to 1 over all phases, whatever they cost."""
+    job.evaluation = samples(seed=1, per_class=100)
+    heard: list[tuple[str, float]] = []
+    job.run(lambda phase, _step, _total, fraction: heard.append((phase, fraction)))
+    fractions = [fraction for _, fraction in heard]
+    assert fractions == sorted(fractions)
+    assert (fractions[0], fractions[-1]) == (0.0, 1.0)
+    phases = list(dict.fromkeys(phase for phase, _ in heard))
+    assert phases == ["load", "measure", "purify", "measure again", "save"]
+
+
+def test_written_model_is_verified(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was not written as it was meant is never offered."""
+    honest = checkpoints.save
+
+    def corrupt(checkpoint: checkpoints.Checkpoint, path: Path) -> None:
+        honest(checkpoint, path)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(checkpoints, "save", corrupt)
+    with pytest.raises(InternalError):
+        job.run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"architecture": "no_such_net"}, UnknownArchitecture),
+        ({"method": "no_such_method"}, UnknownMethod),
+        ({"classes": 2}, ClassCountMismatch),
+    ],
+)
+def test_worker_trusts_no_specification(
+    job: Job, changes: dict[str, Any], problem: type[Exception]
+) -> None:
+    """What the service should have refused is refused again here."""
+    job.changes = changes
+    with pytest.raises(problem):
+        job.run()
+
+
+def test_images_of_another_shape_are_refused(job: Job) -> None:
+    """An evaluation set of another shape than the samples is refused by name."""
+    job.evaluation = npz(images=np.zeros((2, 9, 9, 3), np.uint8), labels=np.zeros(2, np.int64))
+    with pytest.raises(InvalidImages):
+        job.run()
+
+
+def test_bad_parameter_is_the_clients(job: Job) -> None:
+    """A parameter that the library refuses is a problem of the request, not a crash."""
+    given = METHODS["awm"].resolve(
+        METHODS["awm"].parameters(), count=20, classes=CLASSES, image_shape=(3, 8, 8)
+    )
+    job.changes = {"params": {**given.model_dump(), "epochs": 0}}
+    with pytest.raises(InvalidParameter):
+        job.run()

@@ -1,0 +1,78 @@
+"""What a report says beside the numbers: the samples, the warnings, the machine."""
+
+import platform
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import __version__
+from common.spec import JobSpec
+from worker.samples import Samples
+from worker.yardstick import Yardstick
+
+Report = dict[str, Any]
+
+_MAX_CLASSES_SHOWN = 20
+
+
+def describe_samples(samples: Samples, labels: Tensor, classes: int) -> Report:
+    """Return how many samples there are of each class, and where the labels come from."""
+    per_class = Counter(labels.tolist())
+    return {
+        "count": len(samples.images),
+        "classes": classes,
+        "per_class": {str(label): per_class[label] for label in sorted(per_class)},
+        "labels": "given" if samples.labels is not None else "predicted by the model",
+    }
+
+
+def warnings(
+    samples: Samples, labels: Tensor, spec: JobSpec, yardstick: Yardstick
+) -> list[dict[str, str]]:
+    """Return what the uploader should know before relying on the result."""
+    found: list[dict[str, str]] = []
+    absent = sorted(set(range(spec.classes)) - set(labels.tolist()))
+    if absent:
+        shown = ", ".join(map(str, absent[:_MAX_CLASSES_SHOWN])) + (
+            ", …" if len(absent) > _MAX_CLASSES_SHOWN else ""
+        )
+        found.append(
+            {
+                "code": "classes-without-samples",
+                "detail": f"{len(absent)} of {spec.classes} classes have no clean sample "
+                f"({shown}); accuracy on them is not protected.",
+            }
+        )
+    if samples.labels is None:
+        found.append(
+            {
+                "code": "labels-predicted",
+                "detail": "The samples have no labels; the model's own predictions were used.",
+            }
+        )
+    if yardstick.triggered is not None and yardstick.evaluation is None:
+        found.append(
+            {
+                "code": "accuracy-not-measured",
+                "detail": "Without an evaluation set, accuracy and fidelity were not measured.",
+            }
+        )
+    return found
+
+
+def environment(device: torch.device) -> Report:
+    """Return what decides, beside input and seed, which bytes come out."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "weightwash": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
