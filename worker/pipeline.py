@@ -104,7 +104,7 @@ def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Pub
         "samples": describe_samples(samples, labels, spec.classes),
         "masks": masked,
         "history": [] if purified is None else [vars(record) for record in purified.history],
-        "warnings": warnings(samples, labels, spec, yardstick),
+        "warnings": warnings(samples, labels, spec, yardstick, purified),
         "environment": environment(device),
         "seconds": {
             "total": round(time.monotonic() - started, 3),

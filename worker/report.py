@@ -10,12 +10,14 @@ from torch import Tensor
 
 from common import __version__
 from common.spec import JobSpec
+from worker.purify.awm import Purified
 from worker.samples import Samples
 from worker.yardstick import Yardstick
 
 Report = dict[str, Any]
 
 _MAX_CLASSES_SHOWN = 20
+_STALLED_FRACTION = 0.1  # of tau; a search that moves at all reaches tau
 
 
 def describe_samples(samples: Samples, labels: Tensor, classes: int) -> Report:
@@ -30,7 +32,11 @@ def describe_samples(samples: Samples, labels: Tensor, classes: int) -> Report:
 
 
 def warnings(
-    samples: Samples, labels: Tensor, spec: JobSpec, yardstick: Yardstick
+    samples: Samples,
+    labels: Tensor,
+    spec: JobSpec,
+    yardstick: Yardstick,
+    purified: Purified | None,
 ) -> list[dict[str, str]]:
     """Return what the uploader should know before relying on the result."""
     found: list[dict[str, str]] = []
@@ -60,7 +66,24 @@ def warnings(
                 "detail": "Without an evaluation set, accuracy and fidelity were not measured.",
             }
         )
+    if purified is not None:
+        found.extend(_stalled(purified, tau=float(spec.params["tau"])))
     return found
+
+
+def _stalled(purified: Purified, *, tau: float) -> list[dict[str, str]]:
+    """Warn of a search that did not move: it found nothing to unlearn, which proves nothing."""
+    epochs = len(purified.history)
+    stalled = sum(record.perturbation_norm < _STALLED_FRACTION * tau for record in purified.history)
+    if 2 * stalled < epochs:
+        return []
+    return [
+        {
+            "code": "perturbation-stalled",
+            "detail": f"In {stalled} of {epochs} epochs the search for a perturbation did not move, "
+            "so that little was unlearned; raise perturbation_lr.",
+        }
+    ]
 
 
 def environment(device: torch.device) -> Report:

@@ -230,6 +230,18 @@ def test_images_of_another_shape_are_refused(job: Job) -> None:
         job.run()
 
 
+def test_search_that_does_not_move_is_a_warning(job: Job) -> None:
+    """A perturbation that stays near 0 is no sign of a clean model, and the report says so."""
+    params = METHODS["awm"].resolve(
+        METHODS["awm"].parameters(epochs=2, passes=1, perturbation_lr=1e-9),
+        count=20,
+        classes=CLASSES,
+        image_shape=(3, 8, 8),
+    )
+    job.changes = {"params": params.model_dump()}
+    assert [warning["code"] for warning in job.run().report["warnings"]] == ["perturbation-stalled"]
+
+
 def test_bad_parameter_is_the_clients(job: Job) -> None:
     """A parameter that the library refuses is a problem of the request, not a crash."""
     given = METHODS["awm"].resolve(
