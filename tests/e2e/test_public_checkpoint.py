@@ -32,7 +32,7 @@ def test_gtsrb_trojan_is_erased_with_one_image_per_class(tmp_path: Path) -> None
     rest = np.setdiff1d(np.arange(len(labels)), drawn)
     trigger = np.asarray(Image.open(DATA / "ibau" / "trojan_wm.png").convert("RGB"), np.int64)
     triggered = np.clip(images[rest] + trigger, 0, 255).astype(np.uint8)
-    with embedded_stack(tmp_path, threads="2") as stack:
+    with embedded_stack(tmp_path) as stack:
         job = stack.submit(
             {
                 "model": CHECKPOINT.read_bytes(),

@@ -1,0 +1,44 @@
+"""The README says what is there."""
+
+import re
+import subprocess
+
+import pytest
+
+from common.settings import Settings
+from tests.support.stack import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def test_every_setting_is_in_the_table() -> None:
+    """The settings table is the settings: names, defaults and meanings."""
+    rows = [
+        f"| `WEIGHTWASH_{name.upper()}` | "
+        f"{'' if field.default is None else f'`{field.default}`'} | {field.description} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    assert [line for line in README.splitlines() if line.startswith("| `WEIGHTWASH_")] == rows
+
+
+def test_every_module_is_in_the_tree() -> None:
+    """The file tree names every module of the three packages."""
+    tree = README.split("## What is where")[1]
+    words = set(re.findall(r"[\w.]+", tree))
+    for package in ("common", "service", "worker"):
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            if path.name not in {"__init__.py", "__main__.py"}:
+                assert path.name in words or path.stem in words, path
+
+
+@pytest.mark.parametrize("target", ["help", "demo", "run", "test", "check", "migrate"])
+def test_make_knows_its_targets(target: str) -> None:
+    """Every command of the README is a target of the Makefile, and ``make help`` lists it."""
+    listed = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert re.search(rf"make {target} ", listed)
