@@ -51,6 +51,7 @@ def main() -> int:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
 
+    torch.set_num_threads(1)
     say(f"Training a backdoored {digits.ARCHITECTURE} on handwritten digits (seed {seed}) …")
     model, split = digits.train_backdoored(seed)
     images, labels, rest = digits.draw_clean_samples(split, SAMPLES_PER_CLASS, seed)
@@ -141,6 +142,8 @@ def running_service() -> Iterator[str]:
         **{name: value for name, value in os.environ.items() if "WEIGHTWASH_" not in name},
         "WEIGHTWASH_PORT": str(port),
         "WEIGHTWASH_DATA_DIR": str(FOLDER / "service"),
+        # The last digits depend on the thread count; one thread gives one table on any machine.
+        "WEIGHTWASH_THREADS": "1",
     }
     with (FOLDER / "service.log").open("wb") as log:
         service = subprocess.Popen(

@@ -45,7 +45,7 @@ def test_curl_session_purifies_a_model(stack: Stack, tmp_path: Path) -> None:
     """The script in examples/ runs as it stands and leaves a verified model behind."""
     state = resnet_state()
     torch.save({"net": state, "acc": 77.5, "epoch": 30}, tmp_path / "model.pt")
-    (tmp_path / "clean.npz").write_bytes(samples())
+    (tmp_path / "clean.npz").write_bytes(samples(side=16))
     subprocess.run(
         ["sh", str(REPOSITORY / "examples" / "sanitise.sh")],
         cwd=tmp_path,

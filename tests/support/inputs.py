@@ -35,10 +35,12 @@ def saved(root: Any) -> bytes:
     return file.getvalue()
 
 
-def samples(*, per_class: int = 5, classes: int = CLASSES, seed: int = 0, **extra: Any) -> bytes:
+def samples(
+    *, per_class: int = 5, classes: int = CLASSES, side: int = SIDE, seed: int = 0, **extra: Any
+) -> bytes:
     """Return a sample file with *per_class* random uint8 images of each class."""
     labels = np.repeat(np.arange(classes), per_class)
-    shape = (len(labels), SIDE, SIDE, 3)
+    shape = (len(labels), side, side, 3)
     images = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     return npz(images=images, labels=labels, **extra)
 

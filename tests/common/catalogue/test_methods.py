@@ -30,7 +30,7 @@ def test_preset_for_several_samples_per_class_is_the_papers() -> None:
         "beta": 0.1,
         "gamma": 1e-8,
         "tau": 1000.0,
-        "perturbation_lr": 10.0,
+        "perturbation_lr": 1000.0,
         "mask_lr": 1e-2,
         "augmentations": 0,
         "flip": False,

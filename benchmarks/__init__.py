@@ -1,0 +1,1 @@
+"""Measurements behind every number that the project quotes; results are recorded under ``results/``."""
