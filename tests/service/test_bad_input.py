@@ -20,7 +20,7 @@ import torch
 from common.blobs import FileBlobStore
 from common.catalogue.methods import METHODS
 from common.settings import Settings
-from service.admission import MAX_CANCEL_AFTER_SECONDS
+from service.fields import MAX_CANCEL_AFTER_SECONDS
 from tests import hostile_files as hostile
 from tests.service.conftest import Service, Start, problem_of, running
 from tests.service.forms import (
@@ -186,9 +186,10 @@ FIELDS = [
     *(field_case("cancel_after", text, "invalid-field", "'cancel_after'")
       for text in ("", "x", "0", "-1", "nan", "inf", "1e999", f"{MAX_CANCEL_AFTER_SECONDS + 1}")),
     *(field_case("mean", text, "invalid-field", "'mean'")
-      for text in ("", "x", "0.5,", ",", "0.5,0.5", "0.5,0.5,0.5", "nan", "inf", "-inf", "0.5;0.5")),
+      for text in ("", "x", "0.5,", ",", "0.5,0.5", "0.5,0.5,0.5", "nan", "inf", "-inf", "0.5;0.5",
+                   "-1e5")),
     *(field_case("std", text, "invalid-field", "'std'")
-      for text in ("", "x", "0.5,0.5", "nan", "inf", "0", "0.0", "-0", "1e-300")),
+      for text in ("", "x", "0.5,0.5", "nan", "inf", "0", "0.0", "-0", "-0.25", "1e-300", "1e5")),
     *(field_case("metadata", text, "invalid-field", "'metadata'")
       for text in ("", "x", "[]", '"x"', "1", "null", '{"a": NaN}', '{"a": 1, "a": 2}',
                    '{"a":' * 30 + "1" + "}" * 30, '{"a": 1e999}', '{"a": [-1e999]}',
@@ -343,6 +344,8 @@ SAMPLES = [
          says=("(4, 8, 8)",), hints=("(N, H, W, C)", "(N, C, H, W)")),
     Case("images of five dimensions", lambda: samples(images=images()[None]), "invalid-images"),
     Case("images of no width", lambda: samples(images=images()[:, :, :0]), "invalid-images"),
+    Case("images smaller than any network pools", lambda: samples(images=images()[:, :3, :3]),
+         "invalid-images", says=("3x3", "4x4")),
     Case("images wider than any", lambda: samples(images=np.zeros((1, 1, 4097, 1), np.uint8),
                                                   labels=labels(1)), "invalid-images"),
     Case("colour images for a grey model", lambda: samples(images=images(channels=3)),

@@ -350,7 +350,8 @@ def test_report_says_what_was_done_to_what(service: Service, done: str) -> None:
     assert report["state"] == "succeeded"
     assert report["verdict"] == "backdoored"
     assert report["method"] == "awm"
-    assert report["params"]["epochs"] == 20
+    assert report["params"] == service.client.get(done).json()["params"]
+    assert None not in report["params"].values()
     assert report["input"]["samples"]["count"] == 4
     assert report["output"]["sha256"] == TAG.strip('"')
 

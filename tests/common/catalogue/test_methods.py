@@ -21,7 +21,7 @@ def resolve(
 
 
 def test_preset_for_several_samples_per_class_is_the_papers() -> None:
-    """500 CIFAR images: every value of the paper, none left open."""
+    """500 CIFAR images: every value of the paper but the perturbation's step, none left open."""
     assert resolve({}, count=500, classes=10) == {
         "epochs": 20,
         "passes": 5,
@@ -38,6 +38,20 @@ def test_preset_for_several_samples_per_class_is_the_papers() -> None:
         "shrink_epochs": 0,
         "mask_lr_decay": 1.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_small"),
+    [((1, 8, 8), True), ((3, 8, 8), True), ((1, 27, 28), True), ((3, 16, 16), False)],
+)
+def test_small_images_get_more_and_smaller_steps(
+    shape: tuple[int, int, int], is_small: bool
+) -> None:
+    """Below 768 values a run is longer, in small batches, and settles."""
+    resolved = resolve({}, count=50, classes=10, shape=shape)
+    names = ("epochs", "passes", "batch_size", "mask_lr_decay")
+    expected = (200, 2, 10, 0.985) if is_small else (20, 5, 50, 1.0)
+    assert tuple(resolved[name] for name in names) == expected
 
 
 def test_preset_for_one_sample_of_few_classes_augments() -> None:
