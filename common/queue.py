@@ -15,6 +15,7 @@ TASK = "weightwash.sanitise"
 QUEUE = "weightwash"
 
 _RING_SECONDS = 1
+_LISTEN_SECONDS = 5  # longer than the broker lets a consumer wait for a message
 # A message is worth nothing once a worker's own poll has passed; stale ones are dropped unread.
 _MESSAGE_LIFE_SECONDS = 60
 
@@ -46,7 +47,7 @@ class CeleryDoorbell:
     """A bell that is a Celery message on Redis."""
 
     def __init__(self, broker_url: str) -> None:
-        self._app = celery_app(broker_url)
+        self._app = celery_app(broker_url, socket_timeout_seconds=_RING_SECONDS)
 
     def ring(self, job_id: str) -> None:
         """Send the message; log it when the broker does not take it."""
@@ -61,7 +62,7 @@ class CeleryDoorbell:
         """Ask the broker for the queue's length; a broker that does not answer is not silent."""
         try:
             with self._app.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=1, timeout=_RING_SECONDS)
+                connection.ensure_connection(max_retries=0, timeout=_RING_SECONDS)
                 declared = connection.default_channel.queue_declare(QUEUE, passive=False)
                 return bool(declared.message_count == 0)
         except (OperationalError, OSError) as exc:
@@ -74,7 +75,7 @@ def doorbell(broker_url: str | None) -> Doorbell:
     return NoDoorbell() if broker_url is None else CeleryDoorbell(broker_url)
 
 
-def celery_app(broker_url: str) -> Celery:
+def celery_app(broker_url: str, *, socket_timeout_seconds: int = _LISTEN_SECONDS) -> Celery:
     """
     Return a Celery app that carries doorbell messages and nothing else.
 
@@ -100,7 +101,7 @@ def celery_app(broker_url: str) -> Celery:
         broker_connection_timeout=_RING_SECONDS,
         broker_transport_options={
             "socket_connect_timeout": _RING_SECONDS,
-            "socket_timeout": _RING_SECONDS * 5,
+            "socket_timeout": socket_timeout_seconds,
             "retry_on_timeout": False,
             "max_retries": 0,
         },
