@@ -71,6 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
+        openapi_url=None,  # about.py answers it, with a newline at its end like everything here
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,

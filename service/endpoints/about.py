@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from common import workers
 from common.catalogue.architectures import ARCHITECTURES
@@ -47,6 +47,11 @@ def list_methods() -> Response:  # noqa: D103
             ]
         )
     )
+
+
+@router.get("/openapi.json", include_in_schema=False)
+def read_openapi(request: Request) -> Response:  # noqa: D103
+    return json_answer(request.app.openapi())
 
 
 @router.get("/healthz", response_model=Health, summary="Whether the process answers")

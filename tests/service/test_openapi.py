@@ -55,6 +55,15 @@ def test_it_is_made_without_a_warning(tmp_path: Path) -> None:
     create_app(Settings(data_dir=tmp_path, embedded_workers=0)).openapi()
 
 
+def test_it_says_how_to_show_a_token() -> None:
+    """Every address of a job asks for a bearer token, so that generated clients can send one."""
+    (name, scheme), *others = document()["components"]["securitySchemes"].items()
+    assert not others
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    for path, _, operation in operations():
+        assert operation.get("security") == ([{name: []}] if "/jobs" in path else None)
+
+
 def test_it_has_the_shape_of_openapi() -> None:
     """Version, title, and what every operation needs are there; every reference leads somewhere."""
     found = document()
