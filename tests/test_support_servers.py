@@ -19,7 +19,9 @@ from tests.support.servers import PostgresServer, RedisServer, postgres_server, 
 ROOT = Path(__file__).parents[1]
 
 TEST_RUN = """
-import time
+import signal, time
+# A shell ignores SIGINT for what it runs in the background, and that is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.support.servers import postgres_server, redis_server
 with postgres_server() as postgres, redis_server() as redis:
     print(postgres.folder, redis.folder, flush=True)
