@@ -288,7 +288,8 @@ def _engine(url: str) -> Engine:
 def _sqlite_engine(url: str) -> Engine:
     if file := make_url(url).database:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": 30})
+    # As many connections as the service has threads; each is only a file handle.
+    engine = create_engine(url, connect_args={"timeout": 30}, pool_size=40)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
@@ -297,7 +298,7 @@ def _sqlite_engine(url: str) -> Engine:
         connection.isolation_level = None
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.execute("PRAGMA synchronous=FULL")  # an accepted job survives a power cut
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
 

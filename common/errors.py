@@ -45,6 +45,7 @@ class Refused(Problem):
 
     code = "refused"
     title = "Request refused"
+    default_hint = "Compare the request with its description in /openapi.json."
 
 
 class NotYet(Problem):
@@ -52,6 +53,7 @@ class NotYet(Problem):
 
     code = "not-yet"
     title = "Not yet"
+    default_hint = "Ask again after the seconds that Retry-After gives, or wait with ?wait=50."
 
     def __init__(
         self,
@@ -394,6 +396,7 @@ class StillRunning(NotYet):
 
     code = "still-running"
     title = "The job has not ended"
+    default_hint = "Ask again after Retry-After (curl --retry does), or GET the job with ?wait=50."
 
 
 class NoSpace(Fault):

@@ -102,6 +102,11 @@ def find_replay(session: Session, tenant: str, idempotency: Idempotency) -> Job 
     return session.get_one(Job, row.job_id)
 
 
+def is_key_known(session: Session, tenant: str, token: str, key: str) -> bool:
+    """Return whether a request under this key will be answered by an earlier job."""
+    return session.get(IdempotencyKey, (tenant, token, key)) is not None
+
+
 def check_quota(session: Session, tenant: str, *, max_active_jobs: int) -> None:
     """
     Refuse a tenant that has too many unfinished jobs.
@@ -423,7 +428,7 @@ def cancel(session: Session, tenant: str, job_id: str, *, retention_seconds: flo
     _request_cancel(session, job_id, retention_seconds)
     session.refresh(job)  # only now: the job may have ended since it was read above
     if State(job.state).is_terminal and job.state != State.CANCELLED:
-        raise AlreadyEnded(f"The job has {job.state}.")
+        raise AlreadyEnded(f"The job ended as {job.state}.")
     return job
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from common.blobs import BlobStore
+from common.blobs import BlobStore, upload_key
 from common.db import (
     TERMINAL_STATES,
     Blob,
@@ -85,8 +85,15 @@ def sweep_expired(session: Session, store: BlobStore) -> int:
     for job in expired:
         if job.output_key is not None:
             store.delete(job.output_key)
+        drop_unclaimed_blobs(session, store, _uploads(job))
         session.execute(update(Job).where(Job.id == job.id).values(purged_at=now(), report=None))
     return len(expired)
+
+
+def _uploads(job: Job) -> list[str]:
+    """Return the keys of what was uploaded for *job*."""
+    files = (job.spec.get(role) for role in ("model", "samples", "evaluation", "triggered"))
+    return [upload_key(job.tenant, file["sha256"]) for file in files if file]
 
 
 def sweep_uploads(session: Session, store: BlobStore, grace_seconds: float) -> int:

@@ -108,6 +108,15 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _keep_the_lease_longer_than_its_heartbeat(self) -> Self:
+        if self.heartbeat_seconds * 2 > self.lease_seconds:
+            raise ValueError(
+                "a lease must outlive a missed heartbeat: "
+                "set WEIGHTWASH_LEASE_SECONDS to at least twice WEIGHTWASH_HEARTBEAT_SECONDS"
+            )
+        return self
+
     @property
     def requires_tokens(self) -> bool:
         """Whether a caller must show a bearer token."""

@@ -19,9 +19,11 @@ def announce(session: Session, name: str, *, device: str, versions: Mapping[str,
     )
 
 
-def touch(session: Session, name: str) -> None:
-    """Say that the worker is still there."""
-    session.execute(update(Worker).where(Worker.name == name).values(seen_at=now()))
+def touch(session: Session, name: str, *, problem: str | None) -> None:
+    """Say that the worker is still there, and what keeps it from working, if anything does."""
+    session.execute(
+        update(Worker).where(Worker.name == name).values(seen_at=now(), problem=problem)
+    )
 
 
 def withdraw(session: Session, name: str) -> None:

@@ -2,6 +2,9 @@
 
 import argparse
 import sys
+import threading
+from datetime import UTC, datetime
+from types import FrameType
 
 import uvicorn
 from pydantic import ValidationError
@@ -16,6 +19,7 @@ from service.app import create_app
 
 # Idle keep-alive connections hold the stop up for no longer than this.
 _SHUTDOWN_SECONDS = 3
+_MAX_DAYS = 3650
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     create = actions.add_parser("create", help="make a token and print it, once")
     create.add_argument("name", help="what the token is for, such as the pipeline's name")
     create.add_argument("--tenant", help="whose jobs it may see; the name by default")
-    create.add_argument("--expires-days", type=float, help="days until it ends by itself")
+    create.add_argument(
+        "--expires-days", type=_days, help=f"days until it ends by itself, up to {_MAX_DAYS}"
+    )
     actions.add_parser("list", help="list tokens without their secrets")
     revoke = actions.add_parser("revoke", help="end a token now")
     revoke.add_argument("id", help="the token's id, as 'list' shows it")
@@ -49,13 +55,21 @@ def main(arguments: list[str] | None = None) -> int:
     return _serve(settings) if options.command == "serve" else _tokens(settings, options)
 
 
+def _days(text: str) -> float:
+    days = float(text)
+    if not 0 < days <= _MAX_DAYS:  # NaN fails too
+        raise argparse.ArgumentTypeError(f"more than 0 and at most {_MAX_DAYS}, not {text}")
+    return days
+
+
 def _serve(settings: Settings) -> int:
     database = Database(settings.resolved_database_url)
     if database.is_sqlite:
         upgrade(database)  # embedded mode has nobody else to do it
     database.close()
-    uvicorn.run(
-        create_app(settings),
+    stopping = threading.Event()
+    config = uvicorn.Config(
+        create_app(settings, stopping),
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -64,7 +78,21 @@ def _serve(settings: Settings) -> int:
         proxy_headers=False,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
+    _Server(config, stopping).run()
     return 0
+
+
+class _Server(uvicorn.Server):
+    """A server that tells its waiting requests when it begins to stop."""
+
+    def __init__(self, config: uvicorn.Config, stopping: threading.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Set the event from a thread: a signal handler may not wait for its lock."""
+        threading.Thread(target=self._stopping.set).start()
+        super().handle_exit(sig, frame)
 
 
 def _tokens(settings: Settings, options: argparse.Namespace) -> int:
@@ -102,7 +130,8 @@ def _tokens(settings: Settings, options: argparse.Namespace) -> int:
 
 def _print_token(token: auth.TokenInfo) -> None:
     ends = "never" if token.expires_at is None else f"{token.expires_at:%Y-%m-%d %H:%M}"
-    state = "live" if token.revoked_at is None else "revoked"
+    expired = token.expires_at is not None and token.expires_at <= datetime.now(UTC)
+    state = "revoked" if token.revoked_at is not None else "expired" if expired else "live"
     print(f"{token.id}  {state:7}  expires {ends}  tenant {token.tenant}  {token.name}")  # noqa: T201
 
 

@@ -161,7 +161,10 @@ def _mismatch(name: str, exc: LayoutMismatch) -> ArchitectureMismatch | ClassCou
     if only_the_head and all(
         key.split(".")[0] in {"linear", "classifier"} for key, *_ in exc.misshaped
     ):
-        return ClassCountMismatch(f"The head does not fit: {'; '.join(parts)}.")
+        return ClassCountMismatch(
+            f"The head does not fit: {'; '.join(parts)}.",
+            hint="Leave 'classes' out of architecture_args: it is read from the head.",
+        )
     return ArchitectureMismatch(f"The state dict does not fit {name}: {'; '.join(parts)}.")
 
 

@@ -1,5 +1,6 @@
 """The application: routes, the edge around them, and every error as a problem document."""
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -8,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -44,8 +46,13 @@ _ENDPOINTS = (jobs, results, about)
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """Return the application; it opens its database and its store when it starts."""
+def create_app(settings: Settings, stopping: threading.Event | None = None) -> FastAPI:
+    """
+    Return the application; it opens its database and its store when it starts.
+
+    Args:
+        stopping: Set by the server when it begins to stop; it ends the waits of long polls.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -56,7 +63,12 @@ def create_app(settings: Settings) -> FastAPI:
         uploads = ProcessFolder(settings.upload_dir)
         housekeeper = Housekeeper(Sweeper(settings, database, store, bell), settings)
         app.state.context = Context(
-            settings=settings, database=database, store=store, bell=bell, uploads=uploads.path
+            settings=settings,
+            database=database,
+            store=store,
+            bell=bell,
+            uploads=uploads.path,
+            stopping=stopping or threading.Event(),
         )
         housekeeper.start()
         try:
@@ -116,7 +128,13 @@ async def _answer_http(request: Request, exc: Exception) -> Response:
     headers = dict(exc.headers or {})
     match exc.status_code:
         case 404:
-            return _answer(request, NotFound(f"There is nothing at {request.url.path[:200]!r}."))
+            return _answer(
+                request,
+                NotFound(
+                    f"There is nothing at {request.url.path[:200]!r}.",
+                    hint="GET /openapi.json lists every address.",
+                ),
+            )
         case 405:
             return _answer(request, MethodNotAllowed(), headers | _allowed(request.url.path))
         case _:
@@ -137,6 +155,6 @@ def _allowed(path: str) -> dict[str, str]:
 
 async def _answer_database(request: Request, exc: Exception) -> Response:
     log.error("database-failed", exc_info=exc)
-    if isinstance(exc, OperationalError):
+    if isinstance(exc, OperationalError | PoolTimeout):
         return _answer(request, Unavailable("The database does not answer."))
     return _answer(request, InternalError())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Context:
     store: BlobStore
     bell: Doorbell
     uploads: Path
+    stopping: threading.Event  # set when the process was asked to stop: nobody is kept waiting then
 
 
 def _context(request: Request) -> Context:

@@ -142,7 +142,9 @@ def cancel_after(texts: Mapping[str, str]) -> float | None:
         return None
     value = number(text, "cancel_after")
     if not 0 < value <= MAX_CANCEL_AFTER_SECONDS:
-        raise InvalidField(f"'cancel_after' goes up to {MAX_CANCEL_AFTER_SECONDS} seconds.")
+        raise InvalidField(
+            f"'cancel_after' goes from above 0 to {MAX_CANCEL_AFTER_SECONDS} seconds."
+        )
     return value
 
 

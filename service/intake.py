@@ -20,10 +20,22 @@ from service.uploads import Form
 log = structlog.get_logger(__name__)
 
 
-def check_room(here: Context, caller: Principal, announced_bytes: int) -> None:
+def check_room(
+    here: Context,
+    caller: Principal,
+    announced_bytes: int,
+    *,
+    idempotency_key: str | None,
+    dry_run: bool,
+) -> None:
     """Refuse before the body is read what would be refused after it."""
     with here.database.read() as session:
-        jobs.check_quota(session, caller.tenant, max_active_jobs=here.settings.max_active_jobs)
+        makes_a_job = not dry_run and not (
+            idempotency_key is not None
+            and jobs.is_key_known(session, caller.tenant, caller.token, idempotency_key)
+        )
+        if makes_a_job:
+            jobs.check_quota(session, caller.tenant, max_active_jobs=here.settings.max_active_jobs)
     if shutil.disk_usage(here.uploads).free < announced_bytes:
         raise NoSpace
 
@@ -65,8 +77,7 @@ def _store(
     with here.database.write() as session:
         retention.reserve_blobs(session, list(keys.values()))
     for role, file in form.files.items():
-        if file.path.exists():  # two parts with the same bytes share a blob, and only one moves
-            here.store.put(keys[role], file.path)
+        here.store.put(keys[role], file.path)
     new = NewJob(
         tenant=caller.tenant,
         request_id=request_id,

@@ -27,7 +27,6 @@ from common.errors import (
     ArchitectureMismatch,
     DamagedFile,
     NoStateDict,
-    Problem,
     UnsupportedFormat,
     WeightsNotFinite,
 )
@@ -133,9 +132,19 @@ def identical(one: Any, other: Any) -> bool:
 def _load_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Problem:
-        raise
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError) as exc:
+    except (
+        UnpicklingError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+    ) as exc:
+        if "can't allocate memory" in str(exc):  # the machine's fault, not the file's
+            raise MemoryError(_first_line(exc)) from exc
         raise DamagedFile(f"torch refuses the file: {_first_line(exc)}") from exc
 
 

@@ -5,12 +5,13 @@ Nothing is followed, nothing is read beyond its limit, and what is not a result 
 """
 
 import hashlib
+import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from common.errors import PROBLEMS, InternalError, JobCrashed, Problem
 from worker.child import RESULT
@@ -20,13 +21,17 @@ _MAX_RESULT_BYTES = 16 << 20
 """Size of a report: a thousand layers and a thousand epochs take less than 1 MiB."""
 
 
+_Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_METRICS = TypeAdapter(dict[Literal["before", "after"], dict[str, _Fraction | None]])
+
+
 class ChildResult(BaseModel):
     """What a child may leave; anything else is a crash."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    verdict: str | None = None
-    remediation: str | None = None
+    verdict: Literal["clean", "backdoored", "inconclusive"] | None = None
+    remediation: Literal["purified", "unchanged", "refused"] | None = None
     report: dict[str, Any] | None = None
     problem: dict[str, Any] | None = None
 
@@ -38,9 +43,21 @@ def read_result(folder: Path) -> ChildResult | None:
             text = file.read(_MAX_RESULT_BYTES + 1)
         if len(text) > _MAX_RESULT_BYTES:
             return None
-        return ChildResult.model_validate_json(text)
-    except (OSError, ValidationError):
+        return _parse(text)
+    except (OSError, ValueError, KeyError, RecursionError):
         return None
+
+
+def _parse(text: bytes) -> ChildResult:
+    result = ChildResult.model_validate(json.loads(text, parse_constant=_refuse_constant))
+    if result.report is not None:
+        _METRICS.validate_python(result.report["metrics"])
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and infinity, which no database takes as JSON."""
+    raise ValueError(name)
 
 
 def as_problem(stored: dict[str, Any]) -> Problem:

@@ -81,7 +81,7 @@ class Loop:
         try:
             with self._database.write() as session:
                 if announced:
-                    workers.touch(session, self._supervisor.name)
+                    workers.touch(session, self._supervisor.name, problem=self._supervisor.problem)
                 else:
                     workers.announce(
                         session,

@@ -1,8 +1,9 @@
 """
 What keeps a job's process in its place.
 
-A child gets an environment of a few named variables, no open descriptors but its pipes, no core dumps,
-and dies with its parent. It does not cover the network, the file system or system calls.
+A child gets an environment of a few named variables, a home of its own that is on no import path, no
+descriptors but its pipes and its error file, no core dumps, and dies with its parent. It does not cover
+the network, the file system or system calls.
 """
 
 import ctypes
@@ -37,6 +38,8 @@ def child_environment(folder: Path) -> dict[str, str]:
         "TMPDIR": str(folder),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONSAFEPATH": "1",
         # cuBLAS is deterministic only with a workspace of a fixed size.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }

@@ -9,10 +9,10 @@ is called through one function, whatever rang: ``run``.
 import errno
 import hashlib
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
-from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,23 @@ from common.jobs import Lease, Outcome, Standing
 from common.settings import Settings
 from common.spec import JobSpec
 from worker.child import OUTPUT
+from worker.keeper import Ended, LeaseKeeper
 from worker.leavings import as_problem, digest_output, read_result
 from worker.process import Child
 
 _TICK_SECONDS = 0.1
+_BROKEN_SPARE_SECONDS = 10.0
 _CHUNK_BYTES = 1 << 20
 
 log = structlog.get_logger(__name__)
 
 
-class _Ended(Enum):
-    """Why a child is no longer running."""
+class _Interrupted(Exception):
+    """The work is over before the child has ended by itself."""
 
-    BY_ITSELF = auto()
-    CANCELLED = auto()
-    LOST = auto()  # the lease is somebody else's
-    TOO_LATE = auto()
-    GOING_AWAY = auto()  # this worker has to stop
+    def __init__(self, ended: Ended) -> None:
+        super().__init__(ended)
+        self.ended = ended
 
 
 class Supervisor:
@@ -74,6 +74,8 @@ class Supervisor:
         self._busy = threading.Lock()
         self._spare: Child | None = None
         self._leave_at: float | None = None
+        self._warm_up_at = self._spare_since = 0.0
+        self.problem: str | None = None  # why this worker may be unable to work, for /readyz
 
     def run(self, job_id: str | None = None) -> bool:
         """
@@ -86,6 +88,8 @@ class Supervisor:
             return False
         try:
             self._warm_up()
+            if self._spare is None:
+                return False  # this worker cannot work: leave the job to another one
             with self._database.write() as session:
                 lease = jobs.claim(
                     session,
@@ -108,11 +112,6 @@ class Supervisor:
         """Claim nothing more; hand a running job back when it has not ended in *grace_seconds*."""
         self._leave_at = time.monotonic() + grace_seconds
 
-    @property
-    def is_leaving(self) -> bool:
-        """Whether this worker is asked to stop."""
-        return self._leave_at is not None
-
     def sweep_scratch(self) -> None:
         """Remove what other workers on this machine left behind when they died."""
         if removed := sweep_dead_folders(self._settings.resolved_scratch_dir):
@@ -125,67 +124,113 @@ class Supervisor:
         self._scratch.close()
 
     def _warm_up(self) -> None:
-        if self._spare is None or not self._spare.is_alive:
+        if self._spare is not None and not self._spare.is_alive:
+            status, words = self._spare.exit_status, self._spare.last_words
+            self._spare.kill()
+            self._spare = None
+            self._warm_up_at = time.monotonic() + _BROKEN_SPARE_SECONDS
+            self.problem = f"a job process ended with the status {status} before it had a job"
+            log.error("spare-died", exit_status=status, last_words=words)
+        if self._spare is None and time.monotonic() >= self._warm_up_at:
             self._spare = Child.start(self._scratch.path)
+            self._spare_since = time.monotonic()
+        if self._spare and time.monotonic() - self._spare_since > _BROKEN_SPARE_SECONDS:
+            self.problem = None  # a child that lives this long has imported everything
 
     def _carry(self, lease: Lease) -> None:
         folder = self._scratch.path / f"{lease.job_id}-{lease.attempt}"
-        folder.mkdir(mode=0o700)
+        child, self._spare = self._spare, None
+        assert child is not None
         try:
-            self._attempt(lease, folder)
+            folder.mkdir(mode=0o700)
+            self._attempt(lease, folder, child)
         except Problem as problem:
             self._retry(lease, problem)
-        except OSError as exc:
-            log.exception("job-storage-failed")
-            self._retry(lease, NoSpace() if exc.errno == errno.ENOSPC else InternalError(str(exc)))
         except SQLAlchemyError:
             # The lease runs out by itself, and the sweep finds the job.
             log.exception("job-database-failed")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _attempt(self, lease: Lease, folder: Path) -> None:
-        spec = JobSpec.model_validate(lease.spec)
-        for role, file in spec.roles.items():
-            self._fetch(lease.blobs[role], file.sha256, folder / role)
-        assert self._spare is not None
-        child, self._spare = self._spare, None
-        try:
-            child.give(
-                {
-                    "folder": str(folder),
-                    "spec": spec.model_dump(mode="json"),
-                    "device": self._settings.device,
-                    "threads": self._settings.threads,
-                }
-            )
-            ended = self._watch(lease, child)
+        except (
+            Exception
+        ) as exc:  # a bug, or a full disk: the job's misfortune, not the worker's end
+            log.exception("attempt-broken")
+            full = isinstance(exc, OSError) and exc.errno == errno.ENOSPC
+            self._retry(lease, NoSpace() if full else InternalError())
         finally:
             child.kill()
-        log.info("child-ended", why=ended.name.lower(), exit_status=child.exit_status)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _attempt(self, lease: Lease, folder: Path, child: Child) -> None:
+        keeper = LeaseKeeper(
+            self._settings,
+            self._database,
+            lease,
+            progress=lambda: child.progress,
+            leave_at=lambda: self._leave_at,
+        )
+        try:
+            with keeper:
+                outcome = self._work(lease, folder, child, keeper)
+        except _Interrupted as interrupted:
+            log.info("job-interrupted", why=interrupted.ended.name.lower())
+            self._obey(lease, interrupted.ended)
+        else:
+            self._finish(lease, outcome)
+
+    def _work(self, lease: Lease, folder: Path, child: Child, keeper: LeaseKeeper) -> Outcome:
+        """Copy the files in, let the child work, and store what it made."""
+        spec = JobSpec.model_validate(lease.spec)
+        for role, file in spec.roles.items():
+            self._fetch(lease.blobs[role], file.sha256, folder / role, keeper)
+        child.give(
+            {
+                "folder": str(folder),
+                "spec": spec.model_dump(mode="json"),
+                "device": self._settings.device,
+                "threads": self._settings.threads,
+            }
+        )
+        while not child.wait(_TICK_SECONDS):
+            _check(keeper)
+        log.info("child-ended", exit_status=child.exit_status)
+        result = read_result(folder)
+        if result is None:
+            log.error("child-crashed", exit_status=child.exit_status, last_words=child.last_words)
+            raise JobCrashed(_describe_death(child.exit_status))
+        if result.problem is not None:
+            raise as_problem(result.problem)
+        output = folder / OUTPUT
+        sha256, size = digest_output(output, limit=spec.model.bytes * 2 + (1 << 20))
+        key = output_key(lease.job_id, lease.attempt, lease.token)
+        self._store.put(key, output)
+        return Outcome(
+            verdict=result.verdict,
+            remediation=result.remediation,
+            report=result.report or {},
+            output_key=key,
+            output_sha256=sha256,
+            output_bytes=size,
+        )
+
+    def _obey(self, lease: Lease, ended: Ended) -> None:
+        """Do what the reason for the interruption asks for."""
         match ended:
-            case _Ended.BY_ITSELF:
-                self._finish(lease, spec, folder, child)
-            case _Ended.CANCELLED:
+            case Ended.CANCELLED:
                 self._write(jobs.stop, lease, retention_seconds=self._settings.retention_seconds)
-            case _Ended.GOING_AWAY:
+            case Ended.GOING_AWAY:
                 self._write(jobs.release, lease)
-            case _Ended.TOO_LATE:
-                self._fail(
-                    lease,
-                    TimeLimitExceeded(
-                        f"The job took longer than {self._settings.time_limit_seconds} s."
-                    ),
-                )
-            case _Ended.LOST:
+            case Ended.TOO_LATE:
+                limit = self._settings.time_limit_seconds
+                self._fail(lease, TimeLimitExceeded(f"The job took longer than {limit} s."))
+            case Ended.LOST | Ended.BY_ITSELF:
                 log.warning("lease-lost")
 
-    def _fetch(self, key: str, sha256: str, target: Path) -> None:
+    def _fetch(self, key: str, sha256: str, target: Path, keeper: LeaseKeeper) -> None:
         """Copy a blob to *target* and make sure that it is what was uploaded."""
         digest = hashlib.sha256()
         try:
             with self._store.open(key) as source, target.open("xb") as copy:
                 while chunk := source.read(_CHUNK_BYTES):
+                    _check(keeper)
                     digest.update(chunk)
                     copy.write(chunk)
         except FileNotFoundError as exc:
@@ -193,94 +238,17 @@ class Supervisor:
         if digest.hexdigest() != sha256:
             raise InternalError("An uploaded file was changed in the store.")
 
-    def _watch(self, lease: Lease, child: Child) -> _Ended:
-        """Wait for the child; renew the lease, publish progress, obey cancel, limit and stop."""
-        settings = self._settings
-        started = time.monotonic()
-        renewed = looked = started
-        published = child.progress
-        while not child.wait(_TICK_SECONDS):
-            at = time.monotonic()
-            if (must_end := self._must_end(at, started=started, renewed=renewed)) is not None:
-                return must_end
-            if at - looked < min(settings.cancel_poll_seconds, settings.heartbeat_seconds):
-                continue
-            looked = at
-            is_due = at - renewed >= settings.heartbeat_seconds
-            progress = child.progress
-            standing = self._look(
-                lease, started, progress if is_due or progress != published else None
-            )
-            match standing:
-                case Standing.HELD:
-                    if is_due or progress != published:
-                        renewed, published = at, progress
-                case Standing.CANCELLED:
-                    return _Ended.CANCELLED
-                case Standing.LOST:
-                    return _Ended.LOST
-                case None:
-                    log.warning("heartbeat-failed")
-        return _Ended.BY_ITSELF
-
-    def _must_end(self, at: float, *, started: float, renewed: float) -> _Ended | None:
-        """Return why the child must end now, as far as this worker knows by itself."""
-        if at - started > self._settings.time_limit_seconds:
-            return _Ended.TOO_LATE
-        if self._leave_at is not None and at > self._leave_at:
-            return _Ended.GOING_AWAY
-        if at - renewed > self._settings.lease_seconds:
-            return _Ended.LOST  # the database has not answered for a whole lease
-        return None
-
-    def _look(
-        self, lease: Lease, started: float, progress: dict[str, Any] | None
-    ) -> Standing | None:
-        """Renew the lease with *progress*, or only look; ``None`` if the database is away."""
-        try:
-            if progress is None:
-                with self._database.read() as session:
-                    return jobs.standing(session, lease)
-            with self._database.write() as session:
-                return jobs.heartbeat(
-                    session,
-                    lease,
-                    lease_seconds=self._settings.lease_seconds,
-                    progress=with_eta(progress, elapsed_seconds=time.monotonic() - started),
-                )
-        except SQLAlchemyError:
-            return None
-
-    def _finish(self, lease: Lease, spec: JobSpec, folder: Path, child: Child) -> None:
-        result = read_result(folder)
-        if result is None:
-            raise JobCrashed(f"The job's process ended with the status {child.exit_status}.")
-        if result.problem is not None:
-            raise as_problem(result.problem)
-        output = folder / OUTPUT
-        sha256, size = digest_output(output, limit=spec.model.bytes * 2 + (1 << 20))
-        key = output_key(lease.job_id, lease.attempt, lease.token)
-        self._store.put(key, output)
+    def _finish(self, lease: Lease, outcome: Outcome) -> None:
         # If the commit itself fails, nobody knows whether the row names the blob: the sweep looks.
         with self._database.write() as session:
             standing = jobs.finish(
-                session,
-                lease,
-                Outcome(
-                    verdict=result.verdict,
-                    remediation=result.remediation,
-                    report=result.report or {},
-                    output_key=key,
-                    output_sha256=sha256,
-                    output_bytes=size,
-                ),
-                retention_seconds=self._settings.retention_seconds,
+                session, lease, outcome, retention_seconds=self._settings.retention_seconds
             )
         if standing is not Standing.HELD:
-            self._store.delete(key)
+            self._store.delete(outcome.output_key)
         if standing is Standing.CANCELLED:
             self._write(jobs.stop, lease, retention_seconds=self._settings.retention_seconds)
-        log.info("job-finished", standing=standing, output_sha256=sha256)
+        log.info("job-finished", standing=standing, output_sha256=outcome.output_sha256)
 
     def _retry(self, lease: Lease, problem: Problem) -> None:
         """Fail at once what the client sent; give anything else another chance."""
@@ -303,10 +271,13 @@ class Supervisor:
                 log.warning("lease-lost")
 
 
-def with_eta(progress: dict[str, Any], *, elapsed_seconds: float) -> dict[str, Any]:
-    """Return *progress* with the seconds that are left if the job goes on at its present pace."""
-    fraction = progress["fraction"]
-    eta = None
-    if fraction >= 0.05:  # before that, the pace is that of loading
-        eta = round(elapsed_seconds * (1 - fraction) / fraction)
-    return {**progress, "eta_seconds": eta}
+def _check(keeper: LeaseKeeper) -> None:
+    """Stop the work here if the keeper has seen a reason to."""
+    if keeper.ended is not None:
+        raise _Interrupted(keeper.ended)
+
+
+def _describe_death(exit_status: int | None) -> str:
+    if exit_status == -signal.SIGKILL:
+        return "The job's process was killed, as the kernel does when memory runs out."
+    return f"The job's process ended with the status {exit_status}."

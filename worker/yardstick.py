@@ -83,6 +83,8 @@ def compare(
     agreement = fidelity = None
     if "evaluation" in before:
         agreement = metrics.agreement(before["evaluation"], after["evaluation"])
+    # Without a measured attack nobody knows whether there was one: fidelity stays unmeasured.
+    if "evaluation" in before and measured_before["attack_success_rate"] is not None:
         fidelity = metrics.fidelity(
             _present(measured_before["accuracy"]),
             _present(measured_after["accuracy"]),

@@ -18,6 +18,10 @@ from common.formats.model import ITEM_BYTES, TensorInfo, contiguous_stride
 MAX_OPCODES = 2_000_000
 """Opcodes in the description: about thirty per tensor."""
 
+MAX_PLAIN_KEYS = 10_000
+"""Dict keys that are not text, such as the numbers of an optimiser's parameters: unlike text, numbers
+can be chosen to collide in a dict, which then takes quadratic time."""
+
 MAX_RANK = 8
 """Dimensions of a tensor; a convolution over volumes has five."""
 
@@ -118,6 +122,7 @@ class _Machine:
         self._storage_bytes = storage_bytes
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._plain_keys = 0
 
     def run(self, pickled: bytes) -> object:
         stack = self._stack
@@ -220,9 +225,16 @@ class _Machine:
         if not isinstance(target, dict) or len(flat) % 2:
             raise TypeError("not a dict, or a key without a value")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
-            if not isinstance(key, str | int | float | bool | None):
-                raise TypeError("not a plain key")
+            if not isinstance(key, str):
+                self._count_plain_key(key)
             target[key] = value
+
+    def _count_plain_key(self, key: Any) -> None:
+        if not isinstance(key, int | float | None):
+            raise TypeError("not a plain key")
+        self._plain_keys += 1
+        if self._plain_keys > MAX_PLAIN_KEYS:
+            raise UnsupportedFormat(f"More than {MAX_PLAIN_KEYS} dict keys are not text.")
 
     def _storage(self, persistent_id: Any) -> _Storage:
         kind, storage_type, key, _location, elements = persistent_id

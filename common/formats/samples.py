@@ -157,9 +157,15 @@ def _inspect(archive: zipfile.ZipFile, purpose: Purpose, max_bytes: int) -> Samp
     if purpose is Purpose.TRIGGERED:
         targets = _whole_numbers(archive, members.get("target"), "target", count, purpose)
         if targets is None:
-            raise InvalidLabels("The triggered file holds no array named 'target'.")
+            raise InvalidLabels(
+                "The triggered file holds no array named 'target'.",
+                hint="Add the attack's class: np.savez(…, images=…, labels=…, target=0).",
+            )
     if labels is None and purpose is not Purpose.SAMPLES:
-        raise InvalidLabels(f"The {purpose} file holds no array named 'labels' or 'y'.")
+        raise InvalidLabels(
+            f"The {purpose} file holds no array named 'labels' or 'y'.",
+            hint="Add the true classes: np.savez(…, images=images, labels=labels).",
+        )
     return SampleFile(count=count, image_shape=image_shape, labels=labels, targets=targets)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import structlog
 from fastapi import APIRouter, Request, Response
 
 from common import workers
@@ -13,6 +14,7 @@ from service.admission import DEFAULT_METHOD
 from service.context import Here, json_answer
 from service.schemas import ArchitectureView, Catalogue, Check, Health, MethodView, Readiness
 
+log = structlog.get_logger(__name__)
 router = APIRouter()
 
 
@@ -68,7 +70,7 @@ async def health() -> Response:  # noqa: D103
 def readiness(here: Here) -> Response:  # noqa: D103
     checks = {
         "database": _check(here.database.check),
-        "schema": _check(lambda: _require(is_current(here.database), "run: make migrate")),
+        "schema": _check(lambda: _require_schema(here.database)),
         "blobs": _check(here.store.check),
         "worker": _check(lambda: _require_worker(here.database)),
     }
@@ -76,22 +78,34 @@ def readiness(here: Here) -> Response:  # noqa: D103
     return json_answer(Readiness(ready=ready, checks=checks), status=200 if ready else 503)
 
 
+class _Missing(Exception):
+    """A part does not work, in words that anybody may read."""
+
+
 def _check(probe: Callable[[], str | None]) -> Check:
+    """Run one probe; what an exception says may name hosts and paths, so it goes to the log alone."""
     try:
         return Check(ok=True, detail=probe() or "ok")
-    except Exception as exc:
-        return Check(
-            ok=False, detail=str(exc).splitlines()[0][:200] if str(exc) else type(exc).__name__
-        )
+    except _Missing as exc:
+        return Check(ok=False, detail=str(exc))
+    except Exception:
+        log.exception("not-ready")
+        return Check(ok=False, detail="does not answer; the log says why")
 
 
-def _require(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise RuntimeError(otherwise)
+def _require_schema(database: Database) -> None:
+    if not is_current(database):
+        raise _Missing("not the newest; run: make migrate")
 
 
 def _require_worker(database: Database) -> str:
     with database.read() as session:
-        names = [f"{worker.name} on {worker.device}" for worker in workers.present(session)]
-    _require(bool(names), "no worker was heard of in the last minute; start one: python -m worker")
-    return ", ".join(names)
+        present = workers.present(session)
+    able = [f"{worker.name} on {worker.device}" for worker in present if worker.problem is None]
+    if not able:
+        raise _Missing(
+            present[0].problem
+            if present and present[0].problem
+            else "no worker was heard of in the last minute; start one: python -m worker poll"
+        )
+    return ", ".join(able)

@@ -69,7 +69,14 @@ async def create_job(  # noqa: D103 - the summary above says it
     dry_run: Annotated[bool, Query(description="Check everything, queue nothing.")] = False,
 ) -> Response:
     idempotency_key = _idempotency_key(request)
-    await run_in_threadpool(check_room, here, caller, announced_bytes(request))
+    await run_in_threadpool(
+        check_room,
+        here,
+        caller,
+        announced_bytes(request),
+        idempotency_key=idempotency_key,
+        dry_run=dry_run,
+    )
     async with received_form(request, here.settings, here.uploads) as form:
         admitted = await run_in_threadpool(admit, form, here.settings)
         if dry_run:
@@ -203,7 +210,7 @@ async def _wait_for_end(
     while True:
         job = await in_thread(here.database, lambda s: jobs.get(s, caller.tenant, job_id))
         left = until - time.monotonic()
-        if State(job.state).is_terminal or left <= 0:
+        if State(job.state).is_terminal or left <= 0 or here.stopping.is_set():
             return job
         await asyncio.sleep(min(pause, left))
         pause = min(pause * 1.5, _LAST_LOOK_SECONDS)

@@ -96,7 +96,7 @@ async def read_report(  # noqa: D103
     def fetch(session: Session) -> dict[str, Any]:
         job = _ended(session, caller, job_id)
         if job.report is None:
-            raise NoReport(f"The job has {job.state}.")
+            raise NoReport(f"The job ended as {job.state}.")
         view = job_view(job, base_url(request, here), is_expired=False)
         about = view.model_dump(
             mode="json",
@@ -122,5 +122,5 @@ def _ended_with_model(session: Session, caller: Principal, job_id: str) -> Job:
     job = _ended(session, caller, job_id)
     if job.state != State.SUCCEEDED:
         reason = (job.error or {}).get("detail", "")
-        raise NoModel(f"The job has {job.state}: {reason}")
+        raise NoModel(f"The job ended as {job.state}: {reason}")
     return job

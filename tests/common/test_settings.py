@@ -114,3 +114,10 @@ def test_settings_do_not_change() -> None:
 def test_every_setting_is_described() -> None:
     """Each field says what it is for."""
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_lease_outlives_a_missed_heartbeat() -> None:
+    """Times under which a healthy worker would lose its job are refused."""
+    with pytest.raises(ValidationError, match="WEIGHTWASH_LEASE_SECONDS"):
+        Settings(lease_seconds=10, heartbeat_seconds=6)
+    assert Settings(lease_seconds=12, heartbeat_seconds=6)

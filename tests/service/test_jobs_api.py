@@ -1,5 +1,6 @@
 """Jobs over HTTP: create, wait, list, cancel, delete; once and once only."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -331,6 +332,15 @@ def test_deleted_queued_job_is_cancelled(service: Service) -> None:
     assert service.client.get(f"/jobs/{job_id}").json()["state"] == "cancelled"
 
 
+def test_deleted_jobs_uploads_go_with_the_next_sweep(service: Service) -> None:
+    """Nothing of what was uploaded waits for the grace time when its owner wants it gone."""
+    job_id = service.job()
+    assert service.client.delete(f"/jobs/{job_id}").status_code == 204
+    with service.context.database.write() as session:
+        jobs.sweep(session, service.context.store, retention_seconds=60, orphan_grace_seconds=3600)
+    assert not list(service.context.store.keys("uploads"))
+
+
 # Idempotency ---------------------------------------------------------------------------------------
 
 KEY = {"Idempotency-Key": "build-7"}
@@ -422,6 +432,27 @@ def test_quota_is_429_until_a_job_ends(start: Start) -> None:
         assert service.left_behind() == before
         service.client.post(f"/jobs/{first}/cancel")
         service.job()
+
+
+def test_full_quota_refuses_nothing_that_makes_no_job(start: Start) -> None:
+    """A repeated request and a dry run are answered, however many jobs are unfinished."""
+    with start(max_active_jobs=1) as service:
+        first = service.post(headers=KEY)
+        again = service.post(headers=KEY)
+        assert again.status_code == 202
+        assert again.json()["id"] == first.json()["id"]
+        assert service.client.get("/jobs").json()["has_more"] is False
+        assert service.post("/jobs?dry_run=true").status_code == 200
+
+
+def test_long_poll_ends_when_the_service_stops(service: Service) -> None:
+    """Who waits for a job is answered with its present state when the process has to go."""
+    job_id = service.job()
+    service.context.stopping.set()
+    started = time.monotonic()
+    answer = service.client.get(f"/jobs/{job_id}?wait=50")
+    assert (answer.status_code, answer.json()["state"]) == (200, "queued")
+    assert time.monotonic() - started < 30
 
 
 def test_quota_holds_against_many_at_once(start: Start) -> None:

@@ -67,6 +67,14 @@ def test_name_that_is_no_word_is_refused(tmp_path: Path) -> None:
     assert "is not a name" in run.stderr
 
 
+@pytest.mark.parametrize("days", ["nan", "inf", "1e300", "0", "-1", "3651", "soon"])
+def test_life_that_is_no_life_is_refused(tmp_path: Path, days: str) -> None:
+    """A token never lives longer than it was meant to because of a slip."""
+    run = tokens(tmp_path, "create", "ci", f"--expires-days={days}")
+    assert run.returncode == 2
+    assert run.stdout == ""
+
+
 def test_open_door_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

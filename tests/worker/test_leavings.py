@@ -13,16 +13,32 @@ from worker.leavings import as_problem, digest_output, read_result
 
 def test_honest_result_is_read(tmp_path: Path) -> None:
     """A result comes back as it was written."""
-    written = {"verdict": None, "remediation": "purified", "report": {"x": 1}}
+    metrics = {"before": {"accuracy": 0.5}, "after": {"accuracy": None}}
+    written = {"verdict": None, "remediation": "purified", "report": {"metrics": metrics}}
     (tmp_path / "result.json").write_text(json.dumps(written))
     result = read_result(tmp_path)
     assert result is not None
-    assert result.report == {"x": 1}
+    assert result.report == {"metrics": metrics}
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b'{"verdict": 1}', b'{"unknown": 1}', b"\xff", b" " * ((16 << 20) + 1)],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"verdict": 1}',
+        b'{"verdict": "perfectly clean"}',
+        b'{"remediation": "blessed"}',
+        b'{"unknown": 1}',
+        b'{"report": {}}',
+        b'{"report": {"metrics": {"before": {"accuracy": NaN}}}}',
+        b'{"report": {"metrics": {"before": {"accuracy": "high"}}}}',
+        b'{"report": {"metrics": []}}',
+        b"[" * 100_000,
+        b" " * ((16 << 20) + 1),
+    ],
 )
 def test_anything_else_is_no_result(tmp_path: Path, content: bytes) -> None:
     """What is not a result, or is implausibly large, counts as a crash."""

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import DamagedFile, PickledModule, Problem, UnsafePickle, UnsupportedFormat
 from common.formats.model import TensorInfo
-from common.formats.pickle_walk import MAX_RANK, walk
+from common.formats.pickle_walk import MAX_PLAIN_KEYS, MAX_RANK, walk
 from tests import hostile_files as hostile
 from tests.hostile_files import (
     GADGETS,
@@ -59,6 +59,15 @@ def test_plain_values_of_every_protocol_are_read(protocol: int) -> None:
         3: {1.5: "x", None: 1, True: 2},
     }
     assert walk(pickle.dumps(value, protocol), storage_bytes={}) == value
+
+
+def test_colliding_keys_are_few_or_refused() -> None:
+    """Numbers that all fall into one slot of a dict cannot make reading it take hours."""
+    collide = [number(n * (2**61 - 1)) + b"N" for n in range(1, MAX_PLAIN_KEYS + 2)]
+    few = pickled(b"}(" + b"".join(collide[:100]) + b"u")
+    many = pickled(b"}(" + b"".join(collide) + b"u")
+    assert len(walk(few, storage_bytes={})) == 100  # type: ignore[arg-type]
+    assert isinstance(refused(many), UnsupportedFormat)
 
 
 def test_metadata_of_a_state_dict_is_allowed() -> None:

@@ -1,0 +1,153 @@
+"""A supervisor carries a job to its end on a real database, with real children."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from common import jobs
+from common.blobs import FileBlobStore, upload_key
+from common.db import Database, Job, State
+from common.jobs import NewJob
+from common.settings import Settings
+from common.spec import JobSpec, ModelInput, SamplesInput
+from migrations.migrate import upgrade
+from tests.support.inputs import CLASSES, cnn_state, samples, saved
+from worker.supervisor import Supervisor
+
+TENANT = "local"
+
+
+class SlowStore(FileBlobStore):
+    """A store on a slow disk."""
+
+    def open(self, key: str) -> BinaryIO:
+        """Take longer than a lease lives."""
+        time.sleep(2)
+        return super().open(key)
+
+    def put(self, key: str, path: Path) -> None:
+        """Take longer than a lease lives."""
+        time.sleep(2)
+        super().put(key, path)
+
+
+class Bench:
+    """A database, a store and a supervisor."""
+
+    def __init__(self, folder: Path, store: FileBlobStore) -> None:
+        self.settings = Settings(
+            data_dir=folder,
+            lease_seconds=1,
+            heartbeat_seconds=0.2,
+            cancel_poll_seconds=0.1,
+            threads=1,
+        )
+        self.database = Database(self.settings.resolved_database_url)
+        upgrade(self.database)
+        self.store = store
+        self.supervisor = Supervisor(self.settings, self.database, store, name="bench")
+        self.folder = folder
+
+    def queue(self, *, sha256: str | None = None) -> str:
+        """Queue a job that changes nothing, and return its id."""
+        blobs = {}
+        digests = {}
+        for role, content in (("model", saved(cnn_state())), ("samples", samples())):
+            digests[role] = hashlib.sha256(content).hexdigest()
+            blobs[role] = upload_key(TENANT, digests[role])
+            (self.folder / role).write_bytes(content)
+            FileBlobStore.put(self.store, blobs[role], self.folder / role)
+        model_sha256 = sha256 or digests["model"]
+        spec = JobSpec(
+            model=ModelInput(name="m.pt", sha256=model_sha256, bytes=100_000, format="pt"),
+            samples=SamplesInput(
+                sha256=digests["samples"], bytes=1, count=20, classes=4, image_shape=(3, 8, 8)
+            ),
+            architecture="small_cnn",
+            architecture_args={"classes": CLASSES, "channels": 3, "width": 4},
+            classes=CLASSES,
+            method="none",
+            params={},
+            seed=0,
+        )
+        new = NewJob(
+            tenant=TENANT,
+            request_id="req",
+            spec=spec.model_dump(mode="json"),
+            model_sha256=model_sha256,
+            blobs=blobs,
+            client_metadata={},
+        )
+        with self.database.write() as session:
+            return jobs.create(session, new, max_active_jobs=10).id
+
+    def row(self, job_id: str) -> Job:
+        """Read a job."""
+        with self.database.read() as session:
+            return session.get_one(Job, job_id)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """Return a bench with an ordinary store."""
+    found = Bench(tmp_path, FileBlobStore(tmp_path / "blobs"))
+    yield found
+    found.supervisor.close()
+
+
+def test_job_is_carried_to_its_end(bench: Bench) -> None:
+    """One run takes one job, ends it, and leaves nothing in the scratch folder."""
+    job_id = bench.queue()
+    assert bench.supervisor.run()
+    row = bench.row(job_id)
+    assert (row.state, row.attempt) == (State.SUCCEEDED, 1)
+    assert row.output_key is not None
+    with bench.store.open(row.output_key) as output:
+        assert hashlib.sha256(output.read()).hexdigest() == row.output_sha256
+    assert not bench.supervisor.run()
+    assert not list(bench.settings.resolved_scratch_dir.glob("*/job_*"))
+
+
+def test_closing_leaves_nothing(bench: Bench) -> None:
+    """A supervisor that goes takes its folder and its spare child along."""
+    assert not bench.supervisor.run()
+    assert list(bench.settings.resolved_scratch_dir.glob("*/child-*"))
+    bench.supervisor.close()
+    assert not list(bench.settings.resolved_scratch_dir.iterdir())
+    bench.supervisor = Supervisor(bench.settings, bench.database, bench.store, name="next")
+
+
+def test_lease_is_kept_while_files_are_copied_and_stored(tmp_path: Path) -> None:
+    """A disk slower than a lease costs time, not the job."""
+    bench = Bench(tmp_path, SlowStore(tmp_path / "blobs"))
+    job_id = bench.queue()
+    assert bench.supervisor.run()
+    row = bench.row(job_id)
+    assert (row.state, row.attempt) == (State.SUCCEEDED, 1)
+    bench.supervisor.close()
+
+
+def test_changed_upload_is_never_purified(bench: Bench) -> None:
+    """A blob that is not what was uploaded ends the job as our fault, after every attempt."""
+    job_id = bench.queue(sha256="0" * 64)
+    while bench.supervisor.run():
+        pass
+    row = bench.row(job_id)
+    assert (row.state, row.attempt) == (State.FAILED, jobs.MAX_ATTEMPTS)
+    assert row.error is not None
+    assert row.error["code"] == "internal-error"
+
+
+def test_row_that_cannot_be_read_ends_the_job_and_not_the_worker(bench: Bench) -> None:
+    """A specification of another version fails its job; the next job is worked on."""
+    broken, good = bench.queue(), bench.queue()
+    with bench.database.write() as session:
+        session.get_one(Job, broken).spec = {"from": "the future"}
+    while bench.supervisor.run():
+        pass
+    assert bench.row(broken).state == State.FAILED
+    assert bench.row(good).state == State.SUCCEEDED
