@@ -2,7 +2,7 @@
 Measure AWM, with its preset, on the backdoored digits of the demo.
 
 Per training seed: train the backdoored model, draw five clean samples per class, purify, and measure on
-test images that were not drawn. The preset was chosen on the seeds 0 to 13; 14 to 21 were not seen before.
+test images that were not drawn. The preset was chosen on the seeds 0 to 13; 14 to 21 were unseen.
 ``--quick`` takes the seeds 0 and 10.
 """
 
