@@ -45,7 +45,7 @@ _JOB_SECONDS = 600
 def main() -> int:
     """Run the demo and print its table."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the drawn samples")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
     seed = parser.parse_args().seed
     started = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -60,7 +60,7 @@ def main() -> int:
 
     with running_service() as url:
         say(f"Service at {url}")
-        job = submit(url)
+        job = submit(url, seed)
         job = wait(job["links"]["self"])
         if job["state"] != "succeeded":
             say(f"The job has {job['state']}: {job['error']}")
@@ -90,7 +90,7 @@ def main() -> int:
     return 0 if passed else 1
 
 
-def submit(url: str) -> dict[str, Any]:
+def submit(url: str, seed: int) -> dict[str, Any]:
     """POST the model and the clean samples."""
     say(f"POST {url}/jobs: model.pt and {SAMPLES_PER_CLASS} clean samples per class …")
     return curl_json(
@@ -98,6 +98,7 @@ def submit(url: str) -> dict[str, Any]:
         "-F", f"samples=@{FOLDER}/clean.npz",
         "-F", f"architecture={digits.ARCHITECTURE}",
         "-F", f"method={METHOD}",
+        "-F", f"seed={seed}",
         f"{url}/jobs",
     )  # fmt: skip
 
