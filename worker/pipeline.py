@@ -31,7 +31,7 @@ from worker.checkpoints import Checkpoint
 from worker.meter import Meter, Publish
 from worker.normalise import normaliser
 from worker.purify.awm import AdversarialWeightMasking, Purified
-from worker.purify.errors import NotEnoughData, NotFinite, PurificationError
+from worker.purify.errors import NotFinite, PurificationError
 from worker.purify.masking import fold
 from worker.report import Report, describe_samples, environment, warnings
 from worker.samples import Samples, load_samples
@@ -175,7 +175,7 @@ def _purify(
                 )
             except NotFinite as exc:
                 raise WeightsNotFinite(str(exc)) from exc
-            except (PurificationError, NotEnoughData) as exc:
+            except PurificationError as exc:
                 raise InvalidParameter(str(exc)) from exc
         case _:
             raise UnknownMethod(f"This worker has no method {spec.method!r}.")

@@ -94,7 +94,9 @@ async def create_job(  # noqa: D103 - the summary above says it
         job, is_replay = await run_in_threadpool(
             accept, here, caller, form, admitted, idempotency or None, _request_id(request)
         )
-    if not is_replay:
+    if not is_replay and _wait_seconds(request, wait):
+        await run_in_threadpool(here.bell.ring, job.id)  # who waits for the end needs it begun
+    elif not is_replay:
         # After the answer is out: a broker that is away costs the client nothing.
         background.add_task(here.bell.ring, job.id)
     job = await _wait_for_end(request, here, caller, job.id, wait)

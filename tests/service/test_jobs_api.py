@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,6 +145,29 @@ def test_wait_ends_with_the_time_or_with_the_job(service: Service, way: str) -> 
         service.client.post(f"/jobs/{job_id}/cancel")
         assert waiting.result(timeout=20).json()["state"] == "cancelled"
     assert ask(job_id, 50).json()["state"] == "cancelled"
+
+
+def test_bell_rings_before_the_wait(service: Service) -> None:
+    """A POST that waits for the end has called a worker first."""
+
+    class WorkersBell:
+        """A bell beside a worker that is there at once."""
+
+        def ring(self, job_id: str) -> None:
+            """Do the job."""
+            service.finish(job_id, model_pt())
+
+        def is_silent(self) -> bool:
+            """Never wait to be heard."""
+            return True
+
+    own = service.context
+    service.app.state.context = replace(own, bell=WorkersBell())
+    try:
+        answer = service.post("/jobs?wait=20")
+    finally:
+        service.app.state.context = own
+    assert (answer.status_code, answer.json()["state"]) == (200, "succeeded")
 
 
 def test_wait_is_capped(start: Start) -> None:
