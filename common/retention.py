@@ -57,7 +57,7 @@ def claim_blobs(session: Session, keys: Iterable[str]) -> bool:
 
 def drop_unclaimed_blobs(session: Session, store: BlobStore, keys: Iterable[str]) -> None:
     """
-    Delete those of *keys* that no unfinished job needs: their own job was never made.
+    Delete those of *keys* that no unfinished job needs: their own was never made, or is deleted.
 
     It reserves them once more first, which takes the rows' locks: whoever else is about to claim one
     has either done so, which is seen here, or finds it gone (``claim_blobs``).
