@@ -13,7 +13,7 @@ from benchmarks.harness import Row, conclude, measure_all, parse
 from common.catalogue.methods import METHODS
 from examples.digits import ARGUMENTS, draw_clean_samples, measure, train_backdoored
 from worker.architectures.registry import build
-from worker.purify.awm import AdversarialWeightMasking
+from worker.methods import METHODS as WORKER_METHODS
 
 SEEDS = range(22)
 QUICK_SEEDS = (0, 10)
@@ -21,12 +21,12 @@ SAMPLES_PER_CLASS = 5
 TARGETS = {"asr_before_min": 0.9, "asr_after_max": 0.1, "acc_drop_max": 0.05}
 
 
-def purify_once(case: Row) -> Row:
+def purify_once(case: Row, *, name: str = "awm", per_class: int = SAMPLES_PER_CLASS) -> Row:
     """Train, purify and measure with one seed for everything; rates are fractions."""
     seed = case["seed"]
     model, split = train_backdoored(seed)
-    images, labels, rest = draw_clean_samples(split, SAMPLES_PER_CLASS, seed)
-    method = METHODS["awm"]
+    images, labels, rest = draw_clean_samples(split, per_class, seed)
+    method = METHODS[name]
     channels, height, width = images.shape[1:]
     params = method.resolve(
         method.parameters(),
@@ -35,9 +35,7 @@ def purify_once(case: Row) -> Row:
         image_shape=(channels, height, width),
     )
     started = time.perf_counter()
-    changes = AdversarialWeightMasking(**params.model_dump()).purify(
-        model, images, labels, seed=seed
-    )
+    changes = WORKER_METHODS[name](**params.model_dump()).purify(model, images, labels, seed=seed)
     seconds = time.perf_counter() - started
     purified = build("small_cnn", ARGUMENTS)
     purified.load_state_dict(changes.apply(model.state_dict()))
@@ -49,6 +47,7 @@ def purify_once(case: Row) -> Row:
         "acc_after": acc_after,
         "asr_after": asr_after,
         "seconds": round(seconds, 2),
+        **({} if changes.verdict is None else {"verdict": str(changes.verdict)}),
     }
 
 
@@ -65,10 +64,16 @@ def main() -> None:
     """Measure every seed and conclude."""
     options = parse(__doc__)
     seeds = QUICK_SEEDS if options.quick else SEEDS
-    rows = measure_all(({"seed": seed} for seed in seeds), purify_once, options.out)
+    conclude_digits(
+        "awm_digits", measure_all(({"seed": seed} for seed in seeds), purify_once, options.out)
+    )
+
+
+def conclude_digits(benchmark: str, rows: list[Row]) -> None:
+    """Print how many seeds ended within the targets."""
     drops = [row["acc_before"] - row["acc_after"] for row in rows]
     conclude(
-        "awm_digits",
+        benchmark,
         figures={
             "seeds": len(rows),
             "seeds_within_targets": sum(map(is_within_targets, rows)),

@@ -28,7 +28,7 @@ from worker.methods import METHODS
 
 RESULTS = Path(__file__).parent / "results" / "erase.jsonl"
 PER_CLASS = {1: (0, 1, 2), 5: (0,), 50: (0,)}
-COLUMNS = ("awm", "ibau", "anp", "fine_tuning", "clp")
+COLUMNS = ("auto", "awm", "ibau", "anp", "fine_tuning", "clp")
 
 
 def measure(case: Row, *, data: Path, device: str) -> Row:

@@ -31,8 +31,8 @@ from examples import digits
 from worker.architectures.registry import build
 
 FOLDER = Path("var/demo")
-METHOD = "awm"
-SAMPLES_PER_CLASS = 5
+METHOD = "auto"
+SAMPLES_PER_CLASS = 1
 MAX_ASR_AFTER = 0.10
 MAX_ACC_DROP = 0.05
 MIN_ASR_BEFORE = 0.90

@@ -2,7 +2,7 @@
 Decide whether a form becomes a job: check every field and every file, and write the specification.
 
 All of it happens before anything is stored, so a refused request leaves nothing behind. ``seed`` is 0,
-``method`` is ``awm`` and ``priority`` is 0 unless the form says otherwise.
+``method`` is ``auto`` and ``priority`` is 0 unless the form says otherwise.
 """
 
 import math
@@ -49,7 +49,7 @@ from service.fields import (
 )
 from service.uploads import Form, UploadedFile
 
-DEFAULT_METHOD = "awm"
+DEFAULT_METHOD = "auto"
 MAX_SEED = 2**63 - 1
 MAX_PRIORITY = 100
 MIN_STD = 1e-6

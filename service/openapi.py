@@ -21,7 +21,7 @@ _TEXTS: dict[str, dict[str, Any]] = {
         "one of the built-in ones only.",
     },
     "architecture_args": {"type": "string", "description": "JSON object of its arguments."},
-    "method": {"type": "string", "default": "awm", "description": "A name of `GET /methods`."},
+    "method": {"type": "string", "default": "auto", "description": "A name of `GET /methods`."},
     "params": {"type": "string", "description": "JSON object of the method's parameters."},
     "seed": {
         "type": "integer",

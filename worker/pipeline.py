@@ -37,7 +37,7 @@ from worker.normalise import normaliser
 from worker.purify import errors as purify_errors
 from worker.purify.errors import PurificationError
 from worker.purify.method import Method, Purified
-from worker.report import Report, describe_samples, environment, warnings
+from worker.report import Report, describe_samples, environment, evidence, warnings
 from worker.samples import Samples, load_samples
 from worker.yardstick import Network, Yardstick, compare
 
@@ -119,6 +119,7 @@ def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Pub
         "metrics": compare(yardstick, answers_before, answers_after),
         "samples": describe_samples(samples, labels, spec.classes),
         **changes,
+        "evidence": evidence(purified),
         "history": [] if purified is None else list(purified.history),
         "warnings": warnings(samples, labels, spec, yardstick, purified),
         "environment": environment(device, purified, nondeterministic),
@@ -129,10 +130,15 @@ def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Pub
     }
     progress("save", 1, 1, 1.0)
     return Result(
-        verdict=None,
-        remediation="unchanged" if purified is None else "purified",
+        verdict=None if purified is None else purified.verdict,
+        remediation="unchanged" if _is_unchanged(purified) else "purified",
         report=report,
     )
+
+
+def _is_unchanged(purified: Purified | None) -> bool:
+    """Tell whether nothing was asked for, or nothing was done because the model was found clean."""
+    return purified is None or (purified.verdict == "clean" and not purified.values)
 
 
 def _network(spec: JobSpec, checkpoint: Checkpoint, device: torch.device) -> Network:

@@ -11,12 +11,14 @@ from torch import Tensor
 from common import __version__
 from common.spec import JobSpec
 from worker.purify.method import Purified
+from worker.purify.trigger import Trigger
 from worker.samples import Samples
 from worker.yardstick import Yardstick
 
 Report = dict[str, Any]
 
 _MAX_CLASSES_SHOWN = 20
+_MAX_PIXELS_SHOWN = 256  # of a trigger; a report is not an image format
 _STALLED_FRACTION = 0.1  # of tau; a search that moves at all reaches tau
 
 
@@ -28,6 +30,35 @@ def describe_samples(samples: Samples, labels: Tensor, classes: int) -> Report:
         "classes": classes,
         "per_class": {str(label): per_class[label] for label in sorted(per_class)},
         "labels": "given" if samples.labels is not None else "predicted by the model",
+    }
+
+
+def evidence(purified: Purified | None) -> Report | None:
+    """
+    Return what a verdict rests on, or None where nothing was looked for.
+
+    A trigger is given as the pixels that it replaces by more than one grey level: ``[row, column]``,
+    how much of each (``mask``), and the channels' new values in [0, 1] (``pattern``).
+    """
+    if purified is None or purified.verdict is None:
+        return None
+    return {**purified.findings, "triggers": [_described(found) for found in purified.triggers]}
+
+
+def _described(trigger: Trigger) -> Report:
+    """Return a trigger as plain values, the strongest pixels first."""
+    mask = trigger.mask[0].cpu()
+    rows, columns = torch.nonzero(mask > 1 / 255, as_tuple=True)
+    order = mask[rows, columns].argsort(descending=True, stable=True)[:_MAX_PIXELS_SHOWN]
+    rows, columns = rows[order], columns[order]
+    pattern = trigger.pattern.cpu()[:, rows, columns].T
+    return {
+        "class": trigger.target,
+        "norm": round(trigger.norm, 3),
+        "success": round(trigger.success, 4),
+        "pixels": torch.stack([rows, columns], dim=1).tolist(),
+        "mask": [round(value, 3) for value in mask[rows, columns].tolist()],
+        "pattern": [[round(value, 3) for value in values] for values in pattern.tolist()],
     }
 
 
@@ -66,7 +97,7 @@ def warnings(
                 "detail": "Without an evaluation set, accuracy and fidelity were not measured.",
             }
         )
-    if purified is not None and not _changes_anything(purified):
+    if purified is not None and purified.verdict != "clean" and not _changes_anything(purified):
         found.append(
             {
                 "code": "nothing-changed",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +22,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Iterations = Annotated[int, Field(ge=1, le=100_000)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Copies = Annotated[int, Field(ge=0, le=100)]
+Precision = Literal["auto", "float32", "bfloat16"]
 ShrinkEpochs = Annotated[int, Field(ge=0, le=1000)]
 Decay = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 

@@ -6,11 +6,12 @@ Torch-free, so that the service can validate and list them without a worker.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from common.catalogue.alternatives import ALTERNATIVES
+from common.catalogue.auto import AUTO
 from common.catalogue.method import (
     AscentRate,
     BatchSize,
@@ -24,12 +25,11 @@ from common.catalogue.method import (
     Norm,
     Passes,
     Penalty,
+    Precision,
     Samples,
     ShrinkEpochs,
     Weight,
 )
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 PAPER_SHAPE: ImageShape = (3, 32, 32)
 TAU = 1000.0
@@ -106,8 +106,8 @@ class AwmParameters(MethodParameters):
     precision: Precision | None = Field(
         None,
         description="What the network is computed in while it is purified; masks and weights are "
-        "float32 all the same. auto is bfloat16 on a processor with units for it (AMX, most GPUs), "
-        "else float32. Preset: auto; float32 for images of fewer than 768 values.",
+        "float32 all the same. auto is bfloat16 on a processor with units for it (AMX, AVX-512, most "
+        "GPUs), else float32. Preset: auto; float32 for images of fewer than 768 values.",
     )
 
 
@@ -168,6 +168,7 @@ def _resolve_awm(given: AwmParameters, samples: Samples) -> AwmParameters:
 
 
 _METHODS: tuple[Method[Any], ...] = (
+    AUTO,
     Method(
         name="awm",
         description=(

@@ -33,7 +33,7 @@ def test_a_row_that_was_not_measured_stays_empty() -> None:
         assert sum(line.startswith(f"| {checkpoint} |") for line in shown) == 3
     assert "| `ibau` |  |  |  |  |  |" in shown
     assert any(line.startswith("| `awm` (1 of 21 runs) | 0.900 |") for line in shown)
-    assert "| CIFAR-10 BadNets | 80.0 / 100.0 | 75.0 / 25.0 |  |  |  |  |" in shown
+    assert "| CIFAR-10 BadNets | 80.0 / 100.0 |  | 75.0 / 25.0 |  |  |  |  |" in shown
 
 
 def test_mean_worst_and_spread_are_over_the_right_rows() -> None:
@@ -52,4 +52,4 @@ def test_mean_worst_and_spread_are_over_the_right_rows() -> None:
     assert (mean.strip(), worst.strip()) == ("30.5", "50.0")
     assert spread.strip() == "0.7"  # the mean of 1.41 and 0
     assert summary.split("|")[4].split("/")[1].strip() == "20.0"
-    assert "| ResNet-18 clean | 80.0 / – | 60.0 / – |  |  |  |  |" in tables(rows).splitlines()
+    assert "| ResNet-18 clean | 80.0 / – |  | 60.0 / – |  |  |  |  |" in tables(rows).splitlines()

@@ -56,7 +56,9 @@ def ladder(**changes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 def ended(stack: Stack, state: dict[str, torch.Tensor], **fields: str) -> dict[str, Any]:
     """Send a job for a ladder and return it at its end."""
     files = {"model": saved(state), "samples": samples()}
-    return stack.wait_for_end(stack.submit(files, architecture="ladder", params=QUICK, **fields))
+    return stack.wait_for_end(
+        stack.submit(files, architecture="ladder", method="awm", params=QUICK, **fields)
+    )
 
 
 def test_operators_network_is_purified(stack: Stack) -> None:

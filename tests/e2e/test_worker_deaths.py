@@ -47,7 +47,7 @@ def test_job_of_a_killed_worker_is_finished_once_by_another(tmp_path: Path) -> N
     """After kill -9 of the worker its child dies, its folder is swept, and another one finishes."""
     with embedded_stack(tmp_path, embedded_workers="0", **FAST) as stack:
         first = stack.start("first", "worker", "poll")
-        job = stack.submit(_files(), params=LONG)
+        job = stack.submit(_files(), method="awm", params=LONG)
         stack.wait_until_running(job)
         children = job_processes(first.pid)
         assert children
@@ -71,7 +71,7 @@ def test_job_of_a_killed_worker_is_finished_once_by_another(tmp_path: Path) -> N
 def test_killed_child_is_tried_again(tmp_path: Path) -> None:
     """A child that dies costs an attempt, not the job; the third death ends it."""
     with embedded_stack(tmp_path, **FAST) as stack:
-        job = stack.submit(_files(), params=ENDLESS)
+        job = stack.submit(_files(), method="awm", params=ENDLESS)
         for attempt in (1, 2, 3):
             wait_for(lambda n=attempt: True if _attempts(stack, job) == n else None)  # type: ignore[misc]
             running = stack.wait_until_running(job)
@@ -87,7 +87,7 @@ def test_killed_child_is_tried_again(tmp_path: Path) -> None:
 def test_embedded_worker_is_restarted(tmp_path: Path) -> None:
     """The service starts its worker again when it dies, and the job is finished."""
     with embedded_stack(tmp_path, **FAST) as stack:
-        job = stack.submit(_files(), params=LONG)
+        job = stack.submit(_files(), method="awm", params=LONG)
         stack.wait_until_running(job)
         (worker,) = [
             child for child in psutil.Process().children(recursive=True) if _is_poller(child)
@@ -100,7 +100,7 @@ def test_stop_hands_a_running_job_back(tmp_path: Path) -> None:
     """SIGTERM ends service, worker and child in order, and the attempt is not used up."""
     with embedded_stack(tmp_path, **FAST) as stack:
         service = stack.processes["service"]
-        job = stack.submit(_files(), params=ENDLESS)
+        job = stack.submit(_files(), method="awm", params=ENDLESS)
         stack.wait_until_running(job)
         family = psutil.Process(service.pid).children(recursive=True)
         service.send_signal(signal.SIGTERM)
@@ -117,7 +117,7 @@ def test_stop_hands_a_running_job_back(tmp_path: Path) -> None:
 def test_killed_service_takes_its_worker_along(tmp_path: Path) -> None:
     """After kill -9 of the embedded service no worker and no child stays behind."""
     with embedded_stack(tmp_path, **FAST) as stack:
-        job = stack.submit(_files(), params=ENDLESS)
+        job = stack.submit(_files(), method="awm", params=ENDLESS)
         stack.wait_until_running(job)
         service = stack.processes["service"]
         family = psutil.Process(service.pid).children(recursive=True)
@@ -130,7 +130,7 @@ def test_killed_service_takes_its_worker_along(tmp_path: Path) -> None:
 def test_time_limit_ends_a_job(tmp_path: Path) -> None:
     """A job that runs longer than it may fails, with a code that says so."""
     with embedded_stack(tmp_path, time_limit_seconds="4", **FAST) as stack:
-        ended = stack.wait_for_end(stack.submit(_files(), params=ENDLESS))
+        ended = stack.wait_for_end(stack.submit(_files(), method="awm", params=ENDLESS))
         assert (ended["state"], ended["error"]["code"]) == ("failed", "time-limit-exceeded")
 
 
@@ -147,7 +147,7 @@ def test_jobs_are_accepted_and_done_without_the_broker(
         stack.wait_until_ready()
         redis.stop()
         try:
-            job = stack.submit(_files(), params='{"epochs": 1, "passes": 1}')
+            job = stack.submit(_files(), method="awm", params='{"epochs": 1, "passes": 1}')
             assert stack.wait_for_end(job)["state"] == "succeeded"
         finally:
             redis.start()
@@ -165,7 +165,7 @@ def test_celery_worker_leaves_its_job_to_another(
         **FAST,
     ) as stack:
         worker = stack.processes["worker"]
-        job = stack.submit(_files(), params=LONG)
+        job = stack.submit(_files(), method="awm", params=LONG)
         stack.wait_until_running(job)
         children = job_processes(worker.pid)
         stack.start("second", "worker", "celery")

@@ -144,16 +144,15 @@ ASKED = [
          "architecture-needed", hints=("-F architecture=",)),
     Case("method unknown", lambda: {"method": "magic"}, "unknown-method",
          says=("'magic'", *METHODS), hints=("GET /methods",)),
-    Case("method auto", lambda: {"method": "auto"}, "unknown-method"),
     Case("method empty", lambda: {"method": ""}, "unknown-method"),
     Case("method in capitals", lambda: {"method": "AWM"}, "unknown-method"),
     Case("method very long", lambda: {"method": "m" * 4000}, "unknown-method"),
-    Case("parameter unknown", lambda: {"params": '{"epoch": 3}'}, "unknown-parameter",
+    Case("parameter unknown", lambda: {"method": "awm", "params": '{"epoch": 3}'}, "unknown-parameter",
          says=("'epoch'", "epochs", "mask_lr"), hints=("GET /methods",)),
     Case("parameter of another method", lambda: {"method": "none", "params": '{"epochs": 3}'},
          "unknown-parameter", says=("'epochs'", "none")),
     *(
-        Case(f"parameter {text}", changed(params=text), "invalid-parameter",
+        Case(f"parameter {text}", changed(method="awm", params=text), "invalid-parameter",
              says=(text.split('"')[1],))
         for text in (
             '{"epochs": "3"}', '{"epochs": 3.5}', '{"epochs": true}', '{"epochs": [3]}',
@@ -168,6 +167,10 @@ ASKED = [
         Case(f"{method} with {text}", changed(method=method, params=text), "invalid-parameter",
              says=(text.split('"')[1],))
         for method, texts in {
+            "auto": ('{"steps": 0}', '{"rounds": -1}', '{"restarts": 65}', '{"restart_steps": 0}',
+                     '{"layers": 0}', '{"ridge": 0}', '{"strengths": []}', '{"strengths": [0]}',
+                     '{"strengths": [1.5]}', '{"copies": 101}', '{"reach": -1}', '{"tau": 0}',
+                     '{"force": 1}', '{"flip": "no"}', '{"precision": "float8"}'),
             "awm": ('{"tau": -1}', '{"alpha": -0.1}', '{"alpha": 1.01}', '{"beta": -1}', '{"passes": 0}',
                     '{"gamma": -1e-8}', '{"perturbation_lr": 0}', '{"augmentations": -1}',
                     '{"shrink_epochs": -1}', '{"mask_linear": 0}'),
@@ -737,10 +740,15 @@ def test_half_stored_job_gets_507(start: Start) -> None:
         {"evaluation": samples_npz(), "triggered": samples_npz(target=np.int64(0))},
         {"evaluation": samples_npz()},
         {"mean": "0.5", "std": "0.25", "seed": str(2**63 - 1), "priority": "-100"},
-        {"params": '{"epochs": 1, "alpha": 0, "flip": false}', "cancel_after": "0.5"},
+        {
+            "method": "awm",
+            "params": '{"epochs": 1, "alpha": 0, "flip": false}',
+            "cancel_after": "0.5",
+        },
         {"metadata": '{"sha": "é", "list": [1, null, {"deep": 1.5}]}', "path": "models/é.pt"},
         {"method": "none", "params": "{}"},
         {"method": "anp", "params": '{"iterations": 1, "threshold": 0, "eps": 0.0}'},
+        {"method": "auto", "params": '{"strengths": [1, 0.5], "force": true}'},
         {"method": "clp"},
         {"method": "clp", "params": '{"u": 0}'},
         {"method": "fine_tuning", "params": '{"epochs": 1000, "cosine": false}'},

@@ -93,7 +93,8 @@ def test_plain_text_is_the_address_alone(service: Service) -> None:
 
 def test_dry_run_resolves_everything_and_stores_nothing(service: Service) -> None:
     """A dry run says what a job would be."""
-    answer = service.post("/jobs?dry_run=true", params='{"epochs": 2}', architecture=None)
+    asked: dict[str, Any] = {"method": "awm", "params": '{"epochs": 2}', "architecture": None}
+    answer = service.post("/jobs?dry_run=true", **asked)
     assert answer.status_code == 200
     found = answer.json()
     assert found["object"] == "dry_run"
@@ -103,7 +104,7 @@ def test_dry_run_resolves_everything_and_stores_nothing(service: Service) -> Non
     assert found["params"]["alpha"] == 0.99  # one sample per class, up to ten classes
     assert found["input"]["model"]["architecture"] == "small_cnn"
     assert service.left_behind() == []
-    job = service.post(params='{"epochs": 2}', architecture=None).json()
+    job = service.post(**asked).json()
     assert {name: job[name] for name in ("input", "method", "params", "seed")} == {
         name: found[name] for name in ("input", "method", "params", "seed")
     }

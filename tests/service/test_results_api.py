@@ -349,7 +349,7 @@ def test_report_says_what_was_done_to_what(service: Service, done: str) -> None:
     assert report["metrics"] == REPORT["metrics"]
     assert report["state"] == "succeeded"
     assert report["verdict"] == "backdoored"
-    assert report["method"] == "awm"
+    assert report["method"] == "auto"
     assert report["params"] == service.client.get(done).json()["params"]
     assert None not in report["params"].values()
     assert report["input"]["samples"]["count"] == 4

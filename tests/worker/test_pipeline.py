@@ -32,6 +32,7 @@ CPU = torch.device("cpu")
 # Few steps of each method; the others' presets run for minutes. A small network's layers have too few
 # channels for any to lie three deviations above the others.
 QUICK: Mapping[str, dict[str, Any]] = {
+    "auto": {"steps": 3, "restart_steps": 2, "copies": 1, "strengths": [0.5], "force": True},
     "awm": {"epochs": 2, "passes": 1},
     "anp": {"iterations": 20, "threshold": 0.9, "max_accuracy_drop": 1.0},
     "clp": {"u": 1.0},

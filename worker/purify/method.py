@@ -6,8 +6,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from worker.purify.evidence import Verdict
 from worker.purify.masking import fold, renew
 from worker.purify.metrics import Preprocess
+from worker.purify.trigger import Trigger
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all after each of them; what it raises ends the run."""
@@ -26,12 +28,18 @@ class Purified:
         values: New values, on the CPU, for tensors that a method rewrites instead of masking.
         history: One record per epoch, for methods that have epochs.
         computed_in: The type that the network was computed in.
+        verdict: What a method that looks for backdoors says of the model as it came.
+        findings: Why, in plain values; the method's own documentation says which.
+        triggers: The triggers that were recovered and unlearned.
     """
 
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Tensor] = field(default_factory=dict)
     history: tuple[Record, ...] = ()
     computed_in: str = "float32"
+    verdict: Verdict | None = None
+    findings: Mapping[str, object] = field(default_factory=dict)
+    triggers: tuple[Trigger, ...] = ()
 
     def apply(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """

@@ -28,9 +28,9 @@ def _has_bfloat16_units(device: torch.device) -> bool:
         case "cuda":
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
         case "cpu":
-            # AMX; without it bfloat16 is emulated or runs in the float32 units, and gains little.
+            # AMX, or AVX-512's bfloat16; elsewhere it is emulated and gains nothing.
             # Older releases of torch cannot tell; float32 is right everywhere.
             capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-            return bool(capabilities.get("amx_bf16", False))
+            return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
         case _:
             return False

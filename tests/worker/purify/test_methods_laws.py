@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.catalogue.architectures import SmallCnnArguments
 from worker.architectures.registry import build
 from worker.purify.anp import AdversarialNeuronPruning
+from worker.purify.auto import TriggerRewriting
 from worker.purify.awm import AdversarialWeightMasking
 from worker.purify.clp import ChannelLipschitzPruning
 from worker.purify.errors import InvalidParameter, NotEnoughData, NotFinite
@@ -23,6 +24,9 @@ from worker.purify.method import Method, Purified
 BATCH = 5
 # Short runs, with every kind of randomness that the method has.
 METHODS: dict[str, Method] = {
+    "auto": TriggerRewriting(
+        steps=3, rounds=1, restarts=2, restart_steps=2, copies=1, strengths=(0.1, 1.0), force=True
+    ),
     "awm": AdversarialWeightMasking(
         epochs=2, passes=2, batch_size=BATCH, tau=20.0, augmentations=1, flip=True
     ),
@@ -39,6 +43,8 @@ METHODS: dict[str, Method] = {
 # The order of the images does not matter in the one step of a full batch.
 RANDOM = METHODS.keys() - {"clp", "fine_tuning, statistics kept"}
 STEPS = {
+    # Two kinds of starts; then one search of a round, and one for each strength.
+    "auto": 2 * 3 + (1 + 2) * 2,
     # AWM: 4 steps in each half of 2 epochs, from 24 images with their copies.
     "awm": 2 * 2 * 2 * 4,
     "clp": 3,
@@ -73,6 +79,7 @@ def same(one: Purified, two: Purified) -> bool:
     """Tell whether two results are equal to the bit."""
     return (
         one.history == two.history
+        and one.findings == two.findings
         and one.masks.keys() == two.masks.keys()
         and one.values.keys() == two.values.keys()
         and all(torch.equal(one.masks[name], two.masks[name]) for name in one.masks)
@@ -207,6 +214,7 @@ def test_preprocess_is_part_of_the_network(
         masks={key.removeprefix("inner."): mask for key, mask in inside.masks.items()},
         values={key.removeprefix("inner."): values for key, values in inside.values.items()},
         history=inside.history,
+        findings=inside.findings,
     )
     assert same(outside, renamed)
 
@@ -279,6 +287,20 @@ def test_repr_tells_every_hyper_parameter(name: str) -> None:
 
 
 BAD: list[tuple[Callable[..., Method], dict[str, Any]]] = [
+    (TriggerRewriting, {"steps": 0}),
+    (TriggerRewriting, {"rounds": -1}),
+    (TriggerRewriting, {"restarts": 0}),
+    (TriggerRewriting, {"restart_steps": 0}),
+    (TriggerRewriting, {"layers": 0}),
+    (TriggerRewriting, {"ridge": 0.0}),
+    (TriggerRewriting, {"ridge": math.nan}),
+    (TriggerRewriting, {"strengths": ()}),
+    (TriggerRewriting, {"strengths": (0.1, math.inf)}),
+    (TriggerRewriting, {"strengths": (0.0,)}),
+    (TriggerRewriting, {"copies": -1}),
+    (TriggerRewriting, {"reach": -1}),
+    (TriggerRewriting, {"tau": 0.0}),
+    (TriggerRewriting, {"precision": "float8"}),
     (ChannelLipschitzPruning, {"u": -0.1}),
     (ChannelLipschitzPruning, {"u": math.nan}),
     (ChannelLipschitzPruning, {"u": math.inf}),
@@ -329,7 +351,8 @@ def test_every_hyper_parameter_with_a_bound_has_a_bad_value_above() -> None:
     """Only switches have no bad value."""
     tried = {(build_method, name) for build_method, given in BAD for name in given}
     for kind in (
-        ChannelLipschitzPruning, FineTuning, AdversarialNeuronPruning, ImplicitBackdoorUnlearning
+        TriggerRewriting, ChannelLipschitzPruning, FineTuning, AdversarialNeuronPruning,
+        ImplicitBackdoorUnlearning,
     ):  # fmt: skip
         bounded = {(kind, f.name) for f in dataclasses.fields(kind) if f.type is not bool}
         assert bounded <= tried

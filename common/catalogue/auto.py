@@ -1,0 +1,117 @@
+"""Name the service's own method, with its parameters and presets."""
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from common.catalogue.method import (
+    Copies,
+    Iterations,
+    Method,
+    MethodParameters,
+    Norm,
+    Precision,
+    Samples,
+    Share,
+)
+
+Strengths = Annotated[list[Share], Field(min_length=1, max_length=10)]
+Reach = Annotated[int, Field(ge=0, le=64)]
+Rounds = Annotated[int, Field(ge=0, le=20)]
+Restarts = Annotated[int, Field(ge=1, le=64)]
+Layers = Annotated[int, Field(ge=1, le=1000)]
+
+
+class AutoParameters(MethodParameters):
+    """Hold the parameters of the method that recovers triggers and rewrites the last layers."""
+
+    steps: Iterations | None = Field(
+        None,
+        description="Steps of the search for every class's smallest trigger, from each of two kinds of "
+        "starts. Preset: 150.",
+    )
+    rounds: Rounds | None = Field(
+        None,
+        description="How often triggers are searched again on the rewritten model, and unlearned too. "
+        "Preset: 1.",
+    )
+    restarts: Restarts | None = Field(
+        None, description="Fresh searches for each suspect class each time. Preset: 4."
+    )
+    restart_steps: Iterations | None = Field(None, description="Steps of each. Preset: 100.")
+    layers: Layers | None = Field(
+        None, description="How many of the last layers are rewritten. Preset: 2."
+    )
+    ridge: Share | None = Field(
+        None,
+        description="Weight of the change itself against the clean images; more changes less. "
+        "Preset: 0.03.",
+    )
+    strengths: Strengths | None = Field(
+        None,
+        description="Weights of the stamped images against the clean ones. Each gives a candidate, and "
+        "evidence chooses one. Preset: 0.02, 0.1, 1.0.",
+    )
+    copies: Copies | None = Field(
+        None,
+        description="Randomly cropped copies of each sample to rewrite with; no more than make 600 "
+        "images in all. Preset: 40.",
+    )
+    flip: bool | None = Field(
+        None,
+        description="Mirror half of those copies; turn it off where left and right matter, as in "
+        "digits and road signs. Preset: true for colour images and up to ten classes, else false.",
+    )
+    reach: Reach | None = Field(
+        None,
+        description="Pixels by which a recovered trigger is widened at most. Preset: a sixteenth "
+        "of the image's side, at least 1.",
+    )
+    tau: Norm | None = Field(
+        None,
+        description="L1 norm of the perturbations of the whole image, which stand in for triggers that "
+        "have no place. Preset: 100 times C·H·W / 3072.",
+    )
+    force: bool | None = Field(
+        None, description="Rewrite a model even where it is found clean. Preset: false."
+    )
+    precision: Precision | None = Field(
+        None,
+        description="What the network is computed in while triggers are searched. auto is bfloat16 on "
+        "a processor with units for it, else float32. Preset: auto.",
+    )
+
+
+def _resolve(given: AutoParameters, samples: Samples) -> AutoParameters:
+    preset: dict[str, object] = {
+        "steps": 150,
+        "rounds": 1,
+        "restarts": 4,
+        "restart_steps": 100,
+        "layers": 2,
+        "ridge": 0.03,
+        "strengths": [0.02, 0.1, 1.0],
+        "copies": 40,
+        # Grey images and many classes are mostly digits, letters or signs.
+        "flip": samples.image_shape[0] == 3 and samples.classes <= 10,
+        "reach": max(1, round(min(samples.image_shape[1:]) / 16)),
+        "tau": 100.0 * math.prod(samples.image_shape) / 3072,
+        "force": False,
+        "precision": "auto",
+    }
+    return AutoParameters.model_validate(preset | given.model_dump(exclude_none=True))
+
+
+AUTO: Method[AutoParameters] = Method(
+    name="auto",
+    description=(
+        "Recover triggers and rewrite the last layers: search the smallest trigger of every class "
+        "(Neural Cleanse, Wang et al., IEEE S&P 2019), give a verdict by the classes that need much less "
+        "than the others, and rewrite the last layers in closed form so that stamped images are answered "
+        "as clean ones and clean ones as before; search again, and choose by fresh evidence. A model "
+        "that is found clean is returned unchanged."
+    ),
+    parameters=AutoParameters,
+    preset=_resolve,
+)

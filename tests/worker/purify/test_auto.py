@@ -1,0 +1,136 @@
+"""Purify small backdoored models without being told of the attack."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from common.catalogue.methods import METHODS
+from examples.digits import (
+    ARGUMENTS,
+    TARGET,
+    Split,
+    draw_clean_samples,
+    measure,
+    train_backdoored,
+)
+from worker.architectures.registry import build
+from worker.purify.auto import TriggerRewriting
+from worker.purify.evidence import Verdict
+from worker.purify.method import Purified
+
+
+@cache
+def backdoored(seed: int) -> tuple[nn.Module, Split]:
+    """Return the demo's model."""
+    return train_backdoored(seed)
+
+
+def preset(**given: object) -> TriggerRewriting:
+    """Return the method as a job has it."""
+    method = METHODS["auto"]
+    params = method.resolve(
+        method.parameters.model_validate(given), count=10, classes=10, image_shape=(1, 8, 8)
+    )
+    return TriggerRewriting(**params.model_dump())
+
+
+def purified(seed: int) -> tuple[Purified, tuple[float, float], tuple[float, float]]:
+    """Return the result with one image per class, and ACC and ASR before and after."""
+    model, split = backdoored(seed)
+    images, labels, rest = draw_clean_samples(split, 1, seed)
+    result = preset().purify(model, images, labels, seed=seed)
+    after = build("small_cnn", ARGUMENTS).eval()
+    after.load_state_dict(result.apply(model.state_dict()))
+    return result, measure(model, rest), measure(after, rest)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_one_image_per_class_is_enough_to_find_and_erase(seed: int) -> None:
+    """The square's class is named, its success falls below 10 % and accuracy by less than 2 points."""
+    result, before, after = purified(seed)
+    assert before[1] > 0.99
+    assert result.verdict is Verdict.BACKDOORED
+    assert result.findings["suspects"] == [TARGET]
+    assert after[1] < 0.10
+    assert before[0] - after[0] < 0.02
+
+
+def test_the_trigger_it_reports_is_where_the_square_is() -> None:
+    """The strongest pixel of the recovered mask is one of the four that the attack sets."""
+    trigger = purified(0)[0].triggers[0]
+    row, column = divmod(int(trigger.mask.argmax()), 8)
+    assert min(row, column) >= 6
+
+
+def test_findings_name_every_class_and_one_chosen_candidate() -> None:
+    """Each class has its norm, success and index; of the candidates the best score is chosen."""
+    findings = purified(0)[0].findings
+    classes, candidates = findings["classes"], findings["candidates"]
+    assert isinstance(classes, list)
+    assert isinstance(candidates, list)
+    assert [entry["class"] for entry in classes] == list(range(10))
+    assert max(classes, key=lambda entry: entry["anomaly_index"])["class"] == TARGET
+    assert [entry["strength"] for entry in candidates] == [0.02, 0.1, 1.0]
+    assert sum(entry["chosen"] for entry in candidates) == 1
+
+
+@cache
+def clean() -> tuple[nn.Module, Split]:
+    """Return a model of the same kind that no poisoned image was shown."""
+    _, split = backdoored(0)
+    torch.manual_seed(0)
+    model = build("small_cnn", ARGUMENTS)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        for batch in torch.split(torch.randperm(len(split.train_labels)), 128):
+            optimiser.zero_grad()
+            logits = model(split.train_images[batch])
+            torch.autograd.backward(nn.functional.cross_entropy(logits, split.train_labels[batch]))
+            optimiser.step()
+    return model.eval(), split
+
+
+def test_a_clean_model_is_not_called_backdoored_and_keeps_its_accuracy() -> None:
+    """It loses less than two points where it is changed at all."""
+    model, split = clean()
+    images, labels, rest = draw_clean_samples(split, 1, 0)
+    result = preset().purify(model, images, labels, seed=0)
+    assert result.verdict is not Verdict.BACKDOORED
+    after = build("small_cnn", ARGUMENTS).eval()
+    after.load_state_dict(result.apply(model.state_dict()))
+    assert measure(model, rest)[0] - measure(after, rest)[0] < 0.02
+
+
+def test_a_model_found_clean_comes_back_unchanged_unless_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The verdict decides, and ``force`` overrules it; every step is counted either way."""
+    monkeypatch.setattr("worker.purify.auto.judge", lambda _: Verdict.CLEAN)  # no model here is
+    model, split = clean()
+    images, labels, _ = draw_clean_samples(split, 1, 0)
+    steps: list[tuple[int, int]] = []
+    quick = {"steps": 3, "restart_steps": 2, "copies": 1}
+    result = preset(**quick).purify(
+        model, images, labels, seed=0, progress=lambda *step: steps.append(step)
+    )
+    assert not result.values
+    assert result.verdict is Verdict.CLEAN
+    assert steps == [(step, len(steps)) for step in range(1, len(steps) + 1)]
+    forced = preset(**quick, force=True).purify(model, images, labels, seed=0)
+    assert forced.values
+    assert forced.verdict is Verdict.CLEAN
+
+
+def test_only_the_last_layers_change() -> None:
+    """Two of them by default; the features before them are the original's."""
+    model, split = backdoored(0)
+    images, labels, _ = draw_clean_samples(split, 1, 0)
+    quick = {"steps": 3, "restart_steps": 2, "copies": 1, "force": True}
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    last = preset(**quick, layers=1).purify(model, images, labels, seed=0)
+    assert {name.rsplit(".", 1)[0] for name in last.values} == {linear[-1]}
+    two = preset(**quick).purify(copy.deepcopy(model), images, labels, seed=0)
+    assert len({name.rsplit(".", 1)[0] for name in two.values}) == 2

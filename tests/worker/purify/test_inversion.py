@@ -1,0 +1,98 @@
+"""Search triggers on networks whose smallest trigger is known."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from worker.purify.errors import NotFinite
+from worker.purify.inversion import invert
+from worker.purify.trigger import Trigger
+
+IMAGES = 0.6 * torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(8) % 2
+
+
+class OnePixel(nn.Module):
+    """Answer 2 where the pixel (5, 6) is nearly white, by its brightness; otherwise 0 or 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits for four classes; the last one needs half of the image to be white."""
+        lit = 20 * (images[:, 0, 5, 6] - 0.8)
+        half = 40 * (images.mean((1, 2, 3)) - 0.7)
+        zero = torch.zeros_like(lit)
+        return torch.stack([zero, zero + 0.1, lit, half], dim=1)
+
+
+def search(targets: list[int], *, seed: int = 0, steps: int = 150) -> list[Trigger]:
+    """Search on that network."""
+    return invert(
+        OnePixel(),
+        IMAGES,
+        LABELS,
+        targets,
+        steps=steps,
+        per_class=8,
+        openness=-1.0,
+        generator=torch.Generator().manual_seed(seed),
+        tick=lambda: None,
+    )
+
+
+def test_a_trigger_of_one_pixel_is_found_where_it_is() -> None:
+    """The mask falls everywhere else, and the class that needs half the image needs far more."""
+    planted, large = search([2, 3])
+    assert (planted.target, large.target) == (2, 3)
+    assert planted.success == 1.0
+    assert planted.norm < 2.5
+    assert int(planted.mask.argmax()) == 5 * 8 + 6
+    assert large.norm > 4 * planted.norm
+
+
+def test_success_is_what_the_stamped_images_show() -> None:
+    """A trigger stamps ``x(1 - m) + pm``, and its success is that on the images of other classes."""
+    trigger = search([2])[0]
+    stamped = trigger.stamp(IMAGES)
+    expected = IMAGES * (1 - trigger.mask) + trigger.pattern * trigger.mask
+    assert torch.equal(stamped, expected)
+    answers = OnePixel()(stamped).argmax(dim=1)
+    assert trigger.success == float((answers == 2).float().mean())
+
+
+def test_a_class_nobody_can_be_sent_to_needs_every_pixel() -> None:
+    """Without success a trigger's norm is the whole image, not that of a mask that does nothing."""
+    sulking = invert(
+        lambda images: OnePixel()(images) - torch.tensor([0.0, 0.0, 1e3, 1e3]),
+        IMAGES,
+        LABELS,
+        [2],
+        steps=5,
+        per_class=8,
+        openness=-1.0,
+        generator=torch.Generator().manual_seed(0),
+        tick=lambda: None,
+    )[0]
+    assert sulking.success == 0.0
+    assert sulking.norm == 64.0
+
+
+def test_same_generator_gives_the_same_triggers() -> None:
+    """Nothing else is random."""
+    one, two, other = search([2], steps=5), search([2], steps=5), search([2], steps=5, seed=1)
+    assert torch.equal(one[0].mask, two[0].mask)
+    assert not torch.equal(one[0].mask, other[0].mask)
+
+
+def test_a_network_that_overflows_is_refused() -> None:
+    """NaN in the logits ends the search by name."""
+    with pytest.raises(NotFinite):
+        invert(
+            lambda images: OnePixel()(images) * float("nan"),
+            IMAGES,
+            LABELS,
+            [2],
+            steps=2,
+            per_class=8,
+            openness=-1.0,
+            generator=torch.Generator().manual_seed(0),
+            tick=lambda: None,
+        )

@@ -1,0 +1,116 @@
+"""Rewrite layers, held against regressions written out."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from worker.purify.rewriting import Pairs, rewritable, rewrite
+
+
+def run(network: nn.Module, images: Tensor) -> Tensor:
+    """Run a network as it is."""
+    logits: Tensor = network(images)
+    return logits
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    """Return normal float64 numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def linear() -> nn.Module:
+    """Return a network of one linear layer on 1x2x3 images."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, 4)).double()
+
+
+def test_linear_layer_solves_the_ridge_regression() -> None:
+    """The change is the minimiser, found here by least squares on stacked and weighted rows."""
+    before, after = linear(), linear()
+    pairs = Pairs(clean=numbers(9, 1, 2, 3, seed=1), stamped=numbers(9, 1, 2, 3, seed=2))
+    strength, ridge = 0.3, 0.05
+    rewrite(after, before, run, pairs, ["1"], strength=strength, ridge=ridge)
+
+    def rows(images: Tensor) -> Tensor:
+        return torch.cat([images.flatten(1), torch.ones(9, 1).double()], dim=1)
+
+    clean, stamped = rows(pairs.clean), rows(pairs.stamped)
+    inertia = (ridge * clean.square().sum() / 7) ** 0.5 * torch.eye(7).double()
+    system = torch.cat([clean, strength**0.5 * stamped, inertia])
+    lack = before(pairs.clean) - before(pairs.stamped)
+    aim = torch.cat([torch.zeros(9, 4), strength**0.5 * lack, torch.zeros(7, 4)])
+    change = torch.linalg.lstsq(system, aim.double()).solution.detach()
+    found = {key: after.state_dict()[key] - tensor for key, tensor in before.state_dict().items()}
+    torch.testing.assert_close(found["1.weight"], change[:-1].T, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found["1.bias"], change[-1], rtol=1e-6, atol=1e-9)
+
+
+def test_convolution_is_a_regression_over_its_patches() -> None:
+    """A convolution is changed as the linear layer on its unfolded inputs is."""
+    torch.manual_seed(0)
+    before = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False)).double()
+    after = copy.deepcopy(before)
+    pairs = Pairs(clean=numbers(4, 2, 6, 6, seed=1), stamped=numbers(4, 2, 6, 6, seed=2))
+    rewrite(after, before, run, pairs, ["0"], strength=0.5, ridge=0.1)
+
+    def rows(images: Tensor) -> Tensor:
+        patches = nn.functional.unfold(images, 3, padding=1, stride=2)
+        return patches.transpose(1, 2).reshape(-1, 18)
+
+    clean, stamped = rows(pairs.clean), rows(pairs.stamped)
+    weight = before.state_dict()["0.weight"].reshape(3, 18).T
+    system = clean.T @ clean + 0.5 * stamped.T @ stamped
+    system += 0.1 * clean.square().sum() / 18 * torch.eye(18)
+    change = torch.linalg.solve(system, 0.5 * stamped.T @ (clean - stamped) @ weight)
+    found = after.state_dict()["0.weight"].reshape(3, 18).T - weight
+    torch.testing.assert_close(found, change, rtol=1e-6, atol=1e-9)
+
+
+def test_a_direction_that_clean_images_do_not_use_is_taken_away_for_nothing() -> None:
+    """A trigger of its own dimension stops to matter, and clean answers stay to 1e-4."""
+    before, after = linear(), linear()
+    clean = numbers(50, 1, 2, 3, seed=1)
+    clean[:, 0, 1, 2] = 0.0
+    stamped = clean.clone()
+    stamped[:, 0, 1, 2] = 3.0
+    pairs = Pairs(clean=clean, stamped=stamped)
+    rewrite(after, before, run, pairs, ["1"], strength=1.0, ridge=1e-8)
+    assert float((before(stamped) - before(clean)).detach().abs().max()) > 0.1
+    torch.testing.assert_close(after(stamped), before(clean), rtol=0, atol=1e-4)
+    torch.testing.assert_close(after(clean), before(clean), rtol=0, atol=1e-4)
+
+
+def test_same_images_ask_for_no_change() -> None:
+    """Where stamping changes nothing there is nothing to rewrite."""
+    before, after = linear(), linear()
+    images = numbers(9, 1, 2, 3, seed=1)
+    rewrite(after, before, run, Pairs(clean=images, stamped=images), ["1"], strength=1, ridge=0.1)
+    torch.testing.assert_close(after(images), before(images), rtol=0, atol=1e-12)
+
+
+class Mixed(nn.Module):
+    """Run layers of every kind, one of them twice, in another order than they are declared in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.one, self.other = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.other.weight = self.one.weight
+        self.unused = nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        hidden = self.twice(self.twice(self.grouped(self.first(images))))
+        logits: Tensor = self.head(self.other(self.one(hidden)).mean((2, 3)))
+        return logits
+
+
+def test_rewritable_layers_run_once_and_share_nothing() -> None:
+    """In the order in which they run; grouped, repeated, shared and unused ones are left out."""
+    model = Mixed()
+    assert rewritable(model, model, torch.rand(1, 1, 5, 5)) == ["first", "head"]
+    assert not any(module._forward_hooks for module in model.modules())
