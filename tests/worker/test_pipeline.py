@@ -1,5 +1,6 @@
 """One job from files to files, in this process and without a service."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from worker import checkpoints
 from worker.architectures.registry import build
 from worker.normalise import normaliser
 from worker.pipeline import Files, Result, sanitise
+from worker.purify.evidence import Verdict
 
 CPU = torch.device("cpu")
 # Few steps of each method; the others' presets run for minutes. A small network's layers have too few
@@ -149,6 +151,39 @@ def test_every_method_runs_as_a_job(job: Job, method: str) -> None:
     assert (job.folder / "output").read_bytes() == first
     for part in ("masks", "values", "history", "metrics"):
         assert again.report[part] == report[part]
+
+
+def test_a_model_found_clean_is_returned_unchanged(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is the upload's tensors, and that nothing changed is the answer, not a warning."""
+    monkeypatch.setattr("worker.purify.auto.judge", lambda _: Verdict.CLEAN)
+    job.method, job.given = "auto", {"steps": 3, "restart_steps": 2, "copies": 1}
+    result = job.run()
+    assert (result.verdict, result.remediation) == ("clean", "unchanged")
+    assert [warning["code"] for warning in result.report["warnings"]] == []
+    assert result.report["values"] == {}
+    assert all(torch.equal(value, job.output[key]) for key, value in job.state.items())
+    assert result.report["evidence"]["triggers"] == []
+
+
+def test_report_holds_the_evidence_of_a_verdict(job: Job) -> None:
+    """Norms of every class, candidates, and triggers as pixels with their colours; all of it JSON."""
+    job.method, job.given = "auto", {**QUICK["auto"], "strengths": [0.1, 1.0]}
+    result = job.run()
+    found = json.loads(json.dumps(result.report["evidence"]))
+    assert [entry["class"] for entry in found["classes"]] == list(range(CLASSES))
+    assert result.verdict in {"clean", "backdoored", "inconclusive"}
+    assert found["suspects"] == sorted({trigger["class"] for trigger in found["triggers"]})
+    assert sum(candidate["chosen"] for candidate in found["candidates"]) == 1
+    for trigger in found["triggers"]:
+        assert len(trigger["pixels"]) == len(trigger["mask"]) == len(trigger["pattern"]) <= 64
+        assert trigger["mask"] == sorted(trigger["mask"], reverse=True)
+        assert all(0 <= row < 8 and 0 <= column < 8 for row, column in trigger["pixels"])
+        assert all(len(values) == 3 for values in trigger["pattern"])
+    (job.folder / "output").unlink()
+    job.method, job.given = "awm", None
+    assert job.run().report["evidence"] is None
 
 
 def test_method_that_changes_nothing_is_a_warning(job: Job) -> None:
