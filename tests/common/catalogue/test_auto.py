@@ -1,0 +1,54 @@
+"""Preset of the service's own method."""
+
+import pytest
+from pydantic import ValidationError
+
+from common.catalogue.auto import AUTO, AutoParameters
+from common.catalogue.method import ImageShape
+
+
+def resolve(
+    image_shape: ImageShape = (3, 32, 32), classes: int = 10, **given: object
+) -> dict[str, object]:
+    """Return all parameters for one sample per class."""
+    params = AutoParameters.model_validate(given)
+    return AUTO.resolve(
+        params, count=classes, classes=classes, image_shape=image_shape
+    ).model_dump()
+
+
+def test_preset_fills_everything_and_keeps_what_is_given() -> None:
+    """No field stays open, and a given one is taken as it is."""
+    assert None not in resolve().values()
+    assert resolve(strengths=[0.5], force=True)["strengths"] == [0.5]
+    assert resolve(strengths=[0.5], force=True)["force"] is True
+    assert resolve(steps=7) == {**resolve(), "steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "reach", "tau"),
+    [((1, 8, 8), 1, 100 / 48), ((3, 32, 32), 2, 100.0), ((3, 224, 224), 14, 4900.0)],
+)
+def test_reach_and_tau_grow_with_the_image(image_shape: ImageShape, reach: int, tau: float) -> None:
+    """A trigger is widened by a sixteenth of the side, and a perturbation is as deep per value."""
+    found = resolve(image_shape)
+    assert found["reach"] == reach
+    assert found["tau"] == pytest.approx(tau)
+
+
+def test_only_what_may_be_mirrored_is() -> None:
+    """Grey images and many classes are mostly digits, letters or signs."""
+    assert resolve()["flip"] is True
+    assert resolve((1, 32, 32))["flip"] is False
+    assert resolve(classes=43)["flip"] is False
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"steps": 0}, {"strengths": []}, {"strengths": [0.0]}, {"strengths": [1.5]}, {"ridge": 0.0},
+     {"tau": float("inf")}, {"reach": -1}, {"force": 1}, {"epochs": 3}],
+)  # fmt: skip
+def test_bad_values_are_refused(given: dict[str, object]) -> None:
+    """Out of bounds, of another type, or of another method."""
+    with pytest.raises(ValidationError):
+        AutoParameters.model_validate(given)
