@@ -50,8 +50,7 @@ MAX_POOL = 600  # images to rewrite with
 MAX_POOL_VALUES = 2**27  # in half a gigabyte; there are four tensors of this size
 PROBE_IMAGES = 8
 
-# Of the mixed images more change their class than of real ones: at least twice as many, where both
-# were counted (docs/decisions/0005-auto.md).
+# Of the mixed images more change their class than of real ones: docs/decisions/0005-auto.md.
 BORDERLINE = 0.5
 
 
@@ -357,7 +356,7 @@ class _Evidence:
             for trigger in self.still_easy(result)
             if first[trigger.target] < self._ordinary
         )
-        return max(known, *(min(1.0, share) for share in saved), 0.0, 0.0)
+        return max([known, *(min(1.0, share) for share in saved)])
 
     def stamp(self, images: Tensor, triggers: Sequence[Trigger]) -> Tensor:
         """
