@@ -157,6 +157,7 @@ class Job(Base):
     output_key: Mapped[str | None] = mapped_column(String(200))
     output_sha256: Mapped[str | None] = mapped_column(String(64))
     output_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    artefacts: Mapped[dict[str, Any] | None]  # what lies beside the output: common/artefacts.py
 
     __table_args__ = (
         Index("ix_jobs_queue", "state", "priority", "created_at"),
