@@ -230,6 +230,7 @@ class TriggerRewriting:
                 "candidates": [_described(each, chosen) for each in candidates],
             },
             triggers=tuple(triggers),
+            candidates=tuple(each.values for each in candidates),
             computed_in=evidence.computed_in,
         )
 

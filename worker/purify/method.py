@@ -31,6 +31,8 @@ class Purified:
         verdict: What a method that looks for backdoors says of the model as it came.
         findings: Why, in plain values; the method's own documentation says which.
         triggers: The triggers that were recovered and unlearned.
+        candidates: What ``values`` is in each result that could be chosen, in the order of
+            ``findings["candidates"]``; nothing stands for the model as it came.
     """
 
     masks: Mapping[str, Tensor] = field(default_factory=dict)
@@ -40,6 +42,7 @@ class Purified:
     verdict: Verdict | None = None
     findings: Mapping[str, object] = field(default_factory=dict)
     triggers: tuple[Trigger, ...] = ()
+    candidates: tuple[Mapping[str, Tensor], ...] = ()
 
     def apply(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """

@@ -77,6 +77,17 @@ def test_findings_name_every_class_and_one_chosen_candidate() -> None:
     assert sum(entry["chosen"] for entry in candidates) == 1
 
 
+def test_changes_of_every_candidate_come_along() -> None:
+    """They stand in the order of the findings, and those of the chosen one are the result's."""
+    result = purified(0)[0]
+    entries = result.findings["candidates"]
+    assert isinstance(entries, list)
+    for entry, values in zip(entries, result.candidates, strict=True):
+        same = all(torch.equal(values[name], result.values[name]) for name in result.values)
+        assert same == entry["chosen"]
+        assert values.keys() == result.values.keys()
+
+
 @cache
 def clean() -> tuple[nn.Module, Split]:
     """Return a model of the same kind that no poisoned image was shown."""
