@@ -2,7 +2,8 @@
 Where files live: a store of immutable blobs behind five verbs.
 
 Uploads are content-addressed per tenant (``uploads/<tenant>/<sha256>``); a job's output is named after
-the lease that wrote it (``outputs/<job>/<attempt>-<token>``), so that two workers never write one key.
+the lease that wrote it (``outputs/<job>/<attempt>-<token>``), so that two workers never write one key;
+what lies beside it has its key, a dot and a name.
 """
 
 import errno
@@ -129,6 +130,11 @@ def upload_key(tenant: str, sha256: str) -> str:
 def output_key(job_id: str, attempt: int, lease_token: str) -> str:
     """Return the key of the model that one attempt made."""
     return f"outputs/{job_id}/{attempt}-{lease_token}"
+
+
+def artefact_key(model_key: str, name: str) -> str:
+    """Return the key of a file that was made beside the model *model_key*."""
+    return f"{model_key}.{name}"
 
 
 def _sync(path: Path) -> None:

@@ -184,6 +184,17 @@ class NoModel(Refused):
     default_hint = "Read 'error' in the job; a failed or cancelled job has nothing to download."
 
 
+class NoSuchCandidate(Refused):
+    """This job has no such candidate."""
+
+    code = "no-such-candidate"
+    title = "No such candidate"
+    default_hint = (
+        "The report lists the candidates under evidence.candidates, counted from 0; without "
+        "?candidate= the chosen one is sent."
+    )
+
+
 class NoReport(Refused):
     """This job ended without a report."""
 

@@ -12,14 +12,15 @@ names the token, so a worker that lost its lease can change nothing. Terminal st
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, and_, delete, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
-from common import retention
+from common import artefacts, retention
+from common.artefacts import Artefact
 from common.blobs import BlobStore
 from common.db import (
     IdempotencyKey,
@@ -338,6 +339,7 @@ class Outcome:
     output_key: str
     output_sha256: str
     output_bytes: int
+    artefacts: Mapping[str, Artefact] = field(default_factory=dict)
 
 
 def finish(
@@ -355,6 +357,7 @@ def finish(
             output_key=outcome.output_key,
             output_sha256=outcome.output_sha256,
             output_bytes=outcome.output_bytes,
+            artefacts=artefacts.as_row(outcome.artefacts),
             progress=_finished_progress(State.SUCCEEDED),
         )
         .returning(Job.cancel_requested)

@@ -11,7 +11,7 @@ from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from common.blobs import BlobStore, upload_key
+from common.blobs import BlobStore, artefact_key, upload_key
 from common.db import (
     TERMINAL_STATES,
     Blob,
@@ -85,6 +85,8 @@ def sweep_expired(session: Session, store: BlobStore) -> int:
     for job in expired:
         if job.output_key is not None:
             store.delete(job.output_key)
+            for name in job.artefacts or ():
+                store.delete(artefact_key(job.output_key, name))
         drop_unclaimed_blobs(session, store, _uploads(job))
         session.execute(update(Job).where(Job.id == job.id).values(purged_at=now(), report=None))
     return len(expired)
@@ -121,13 +123,14 @@ def sweep_outputs(session: Session, store: BlobStore) -> int:
     """Delete outputs that no job names: their worker died between storing and finishing."""
     removed = 0
     for key in list(store.keys("outputs")):
-        _, job_id, name = key.split("/")
+        model_key = key.partition(".")[0]  # what lies beside a model stays and goes with it
+        _, job_id, name = model_key.split("/")
         token = name.partition("-")[2]
         wanted = session.scalar(
             select(Job.id).where(
                 Job.id == job_id,
                 or_(
-                    Job.output_key == key,
+                    Job.output_key == model_key,
                     and_(Job.state == State.RUNNING, Job.lease_token == token),
                 ),
             )

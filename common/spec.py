@@ -55,8 +55,15 @@ class JobSpec(_Value):
     @property
     def download_name(self) -> str:
         """The name of the purified model: ``<uploaded stem>-clean<suffix>``."""
+        return self._named("clean")
+
+    def candidate_download_name(self, number: int) -> str:
+        """Return the name of a candidate: ``<uploaded stem>-clean-candidate<number><suffix>``."""
+        return self._named(f"clean-candidate{number}")
+
+    def _named(self, ending: str) -> str:
         stem, dot, suffix = self.model.name.rpartition(".")
-        return f"{stem}-clean.{suffix}" if dot and stem else f"{self.model.name}-clean"
+        return f"{stem}-{ending}.{suffix}" if dot and stem else f"{self.model.name}-{ending}"
 
     @property
     def roles(self) -> dict[str, ModelInput | SamplesInput]:

@@ -3,7 +3,9 @@
 import base64
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from email.utils import format_datetime
 from typing import BinaryIO
 from urllib.parse import quote
@@ -11,9 +13,10 @@ from urllib.parse import quote
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
+from common import differences
+from common.artefacts import Artefact
 from common.blobs import BlobStore
-from common.db import Job
-from common.errors import Expired, InternalError, RangeNotSatisfiable
+from common.errors import Expired, RangeNotSatisfiable
 
 _CHUNK_BYTES = 256 << 10
 _MEDIA_TYPE = "application/octet-stream"
@@ -61,26 +64,40 @@ def content_disposition(name: str) -> str:
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
 
 
-def send_model(
-    job: Job, name: str, store: BlobStore, headers: Headers, *, with_body: bool
-) -> Response:
+@dataclass(frozen=True, kw_only=True)
+class Download:
     """
-    Answer a download of the job's model, or a ``HEAD`` of it, which reads nothing and has no range.
+    A stored file as it is offered.
+
+    Attributes:
+        key: The file in the store.
+        differences_key: What makes the file that is offered of the one in the store, if anything.
+        artefact: Digest and size of the file that is offered.
+    """
+
+    name: str
+    key: str
+    differences_key: str | None = None
+    artefact: Artefact
+    modified: datetime
+
+
+def send(download: Download, store: BlobStore, headers: Headers, *, with_body: bool) -> Response:
+    """
+    Answer a download, or a ``HEAD`` of it, which reads nothing and has no range.
 
     Raises:
         Expired: The file was deleted at this moment.
         RangeNotSatisfiable: The range starts behind the end.
     """
-    key, sha256, size = job.output_key, job.output_sha256, job.output_bytes
-    if key is None or sha256 is None or size is None or job.finished_at is None:
-        raise InternalError("A job that succeeded has no output.")
+    sha256, size = download.artefact.sha256, download.artefact.bytes
     etag = f'"{sha256}"'
     common = {
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",
-        "Content-Disposition": content_disposition(name),
+        "Content-Disposition": content_disposition(download.name),
         "ETag": etag,
-        "Last-Modified": format_datetime(job.finished_at, usegmt=True),
+        "Last-Modified": format_datetime(download.modified, usegmt=True),
         "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:",
     }
     if etag_matches(headers.get("if-none-match"), etag):
@@ -88,10 +105,7 @@ def send_model(
     wanted = None
     if with_body and headers.get("if-range", etag) == etag:
         wanted = requested_range(headers.get("range"), size)
-    try:
-        file = store.open(key)
-    except FileNotFoundError as exc:
-        raise Expired from exc
+    file = _open(download, store)
     if not with_body:
         file.close()
         common["Content-Length"] = str(size)
@@ -113,6 +127,21 @@ def etag_matches(header: str | None, etag: str) -> bool:
         return False
     named = {tag.strip().removeprefix("W/") for tag in header.split(",")}
     return "*" in named or etag in named
+
+
+def _open(download: Download, store: BlobStore) -> BinaryIO:
+    try:
+        file = store.open(download.key)
+        if download.differences_key is None:
+            return file
+        with ExitStack() as opened:
+            opened.enter_context(file)
+            changed = opened.enter_context(store.open(download.differences_key))
+            whole = differences.whole(file, changed)
+            opened.pop_all()
+            return whole
+    except FileNotFoundError as exc:
+        raise Expired from exc
 
 
 def _read(file: BinaryIO, part: ByteRange) -> Iterator[bytes]:

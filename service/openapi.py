@@ -90,7 +90,7 @@ _STATUSES = {
     400: "The body is not a complete form.",
     401: "The token is missing or not valid.",
     403: "A foreign origin.",
-    404: "There is no such job.",
+    404: "There is no such job, or it has no such file.",
     409: "The job's state does not allow it.",
     410: "No longer kept.",
     413: "Too large.",

@@ -23,6 +23,7 @@ STATUSES: Mapping[type[Problem], int] = {
     errors.NotMultipart: 400,
     errors.TooLarge: 413,
     errors.QuotaExceeded: 429,
+    errors.NoSuchCandidate: 404,
     errors.NoModel: 409,
     errors.NoReport: 409,
     errors.AlreadyEnded: 409,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from common.artefacts import candidates_among, from_row
 from common.db import Job, State
 from common.spec import JobSpec
 from service import problems
@@ -100,6 +101,9 @@ class Links(_Schema):
     self: str
     model: str | None
     model_sha256: str | None
+    candidates: list[str] | None = Field(
+        description="Every candidate of the run as a model, in the report's order."
+    )
     report: str | None
     cancel: str | None
 
@@ -236,10 +240,16 @@ def job_view(job: Job, base_url: str, *, is_expired: bool) -> JobView:
             self=address,
             model=f"{address}/model" if has_model else None,
             model_sha256=f"{address}/model.sha256" if has_model else None,
+            candidates=_candidate_links(job, address) if has_model else None,
             report=f"{address}/report.json" if has_report else None,
             cancel=None if state.is_terminal else f"{address}/cancel",
         ),
     )
+
+
+def _candidate_links(job: Job, address: str) -> list[str] | None:
+    count = len(candidates_among(from_row(job.artefacts)))
+    return [f"{address}/model?candidate={number}" for number in range(count)] or None
 
 
 def input_view(spec: JobSpec) -> InputView:

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from common.errors import (
     ArchitectureMismatch,
     DamagedFile,
+    InternalError,
     NoStateDict,
+    Refused,
     UnsupportedFormat,
     WeightsNotFinite,
 )
@@ -96,6 +98,24 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
                 torch.save(checkpoint.root, file)
         case ModelFormat.SAFETENSORS:
             _save_safetensors(checkpoint, path)
+
+
+def verify(checkpoint: Checkpoint, path: Path) -> None:
+    """
+    Load what was saved to *path*, from the bytes, and compare it with the checkpoint.
+
+    Raises:
+        InternalError: It is not what was meant.
+    """
+    try:
+        written = load(path, checkpoint.format)
+    except Refused as exc:
+        raise InternalError(f"The written model cannot be loaded: {exc}") from exc
+    container_is_whole = checkpoint.format is ModelFormat.SAFETENSORS or identical(
+        written.root, checkpoint.root
+    )
+    if not container_is_whole or not identical(dict(written.tensors), dict(checkpoint.tensors)):
+        raise InternalError("The written model differs from the one that was meant.")
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from common.artefacts import MAX_CANDIDATES
 from common.errors import PROBLEMS, InternalError, JobCrashed, Problem
 from worker.child import RESULT
 
@@ -25,6 +26,23 @@ _Fraction = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _METRICS = TypeAdapter(dict[Literal["before", "after"], dict[str, _Fraction | None]])
 
 
+class ClaimedCandidate(BaseModel):
+    """What a child says of the file of a candidate that it wrote and verified."""
+
+    model_config = ConfigDict(strict=True)
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class Evidence(BaseModel):
+    """The parts of a report's evidence that files belong to."""
+
+    model_config = ConfigDict(strict=True)
+
+    candidates: Annotated[list[ClaimedCandidate], Field(max_length=MAX_CANDIDATES)] = []
+
+
 class ChildResult(BaseModel):
     """What a child may leave; anything else is a crash."""
 
@@ -35,11 +53,16 @@ class ChildResult(BaseModel):
     report: dict[str, Any] | None = None
     problem: dict[str, Any] | None = None
 
+    @property
+    def evidence(self) -> Evidence:
+        """What the report says of files beside the model."""
+        return Evidence.model_validate((self.report or {}).get("evidence") or {})
+
 
 def read_result(folder: Path) -> ChildResult | None:
     """Return what the child left, or ``None`` if that is not a result."""
     try:
-        with _open_plain(folder / RESULT) as file:
+        with open_plain(folder / RESULT) as file:
             text = file.read(_MAX_RESULT_BYTES + 1)
         if len(text) > _MAX_RESULT_BYTES:
             return None
@@ -52,6 +75,7 @@ def _parse(text: bytes) -> ChildResult:
     result = ChildResult.model_validate(json.loads(text, parse_constant=_refuse_constant))
     if result.report is not None:
         _METRICS.validate_python(result.report["metrics"])
+    _ = result.evidence  # what is no evidence is no result either
     return result
 
 
@@ -72,7 +96,7 @@ def digest_output(path: Path, *, limit: int) -> tuple[str, int]:
     """Return digest and size of the output, which may not be a link or larger than *limit*."""
     digest = hashlib.sha256()
     size = 0
-    with _open_plain(path) as file:
+    with open_plain(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
@@ -81,7 +105,7 @@ def digest_output(path: Path, *, limit: int) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def _open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BinaryIO:
     """Open a plain file; a link or a device that a child put there is an ``OSError``."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     file = os.fdopen(descriptor, "rb")

@@ -15,7 +15,6 @@ from torch import Tensor
 from common.errors import (
     ArchitectureMismatch,
     ClassCountMismatch,
-    InternalError,
     InvalidImages,
     InvalidLabels,
     InvalidParameter,
@@ -27,7 +26,7 @@ from common.errors import (
     WeightsNotFinite,
 )
 from common.spec import JobSpec
-from worker import checkpoints
+from worker import candidates, checkpoints
 from worker.architectures.registry import construct
 from worker.checkpoints import Checkpoint
 from worker.determinism import noticing
@@ -52,7 +51,7 @@ _PROBLEMS: Mapping[type[PurificationError], type[Refused]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """The files of one job, all in its own folder."""
+    """The files of one job, all in its own folder; the candidates are written beside the output."""
 
     model: Path
     samples: Path
@@ -107,6 +106,7 @@ def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Pub
         with noticing() as nondeterministic:
             purified = _purify(method, network, samples.images, labels, spec.seed, meter)
     purify_seconds = time.monotonic() - purifying
+    originals = candidates.originals(checkpoint, purified)
     changes = _apply(checkpoint, purified)
 
     checkpoints.fill(network.model, checkpoint)  # the weights as they will be downloaded
@@ -114,12 +114,13 @@ def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Pub
 
     progress("save", 0, 1, 0.99)
     checkpoints.save(checkpoint, files.output)
-    _verify(files.output, spec, checkpoint)
+    checkpoints.verify(checkpoint, files.output)
+    written = candidates.write_candidates(checkpoint, purified, originals, files.output)
     report: Report = {
         "metrics": compare(yardstick, answers_before, answers_after),
         "samples": describe_samples(samples, labels, spec.classes),
         **changes,
-        "evidence": evidence(purified),
+        "evidence": evidence(purified, written),
         "history": [] if purified is None else list(purified.history),
         "warnings": warnings(samples, labels, spec, yardstick, purified),
         "environment": environment(device, purified, nondeterministic),
@@ -242,17 +243,3 @@ def _apply(checkpoint: Checkpoint, purified: Purified | None) -> Report:
     for key in purified.masks.keys() | purified.values.keys():
         checkpoint.replace(key, after[key])
     return {"masks": masks, "values": values}
-
-
-def _verify(output: Path, spec: JobSpec, checkpoint: Checkpoint) -> None:
-    """Load what was written, from the bytes, and compare it with what was meant."""
-    try:
-        written = checkpoints.load(output, spec.model.format)
-    except Refused as exc:
-        raise InternalError(f"The written model cannot be loaded: {exc}") from exc
-    meant = dict(checkpoint.tensors)
-    container_is_whole = spec.model.format == "safetensors" or checkpoints.identical(
-        written.root, checkpoint.root
-    )
-    if not container_is_whole or not checkpoints.identical(dict(written.tensors), meant):
-        raise InternalError("The written model differs from the one that was meant.")

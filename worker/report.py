@@ -2,6 +2,7 @@
 
 import platform
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,16 +34,25 @@ def describe_samples(samples: Samples, labels: Tensor, classes: int) -> Report:
     }
 
 
-def evidence(purified: Purified | None) -> Report | None:
+def evidence(
+    purified: Purified | None, candidates: Sequence[Mapping[str, object]]
+) -> Report | None:
     """
     Return what a verdict rests on, or None where nothing was looked for.
 
     A trigger is given as the pixels that it replaces by more than one grey level: ``[row, column]``,
     how much of each (``mask``), and the channels' new values in [0, 1] (``pattern``).
+
+    Args:
+        candidates: What there is to say of the file of each of the method's candidates.
     """
     if purified is None or purified.verdict is None:
         return None
-    return {**purified.findings, "triggers": [_described(found) for found in purified.triggers]}
+    found: Report = dict(purified.findings)
+    if candidates:
+        pairs = zip(found["candidates"], candidates, strict=True)
+        found["candidates"] = [{**candidate, **file} for candidate, file in pairs]
+    return {**found, "triggers": [_described(trigger) for trigger in purified.triggers]}
 
 
 def _described(trigger: Trigger) -> Report:

@@ -20,7 +20,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from common import jobs
-from common.blobs import BlobStore, output_key
+from common.blobs import BlobStore, artefact_key, output_key
 from common.db import Database
 from common.errors import (
     Fault,
@@ -35,6 +35,7 @@ from common.folders import ProcessFolder, sweep_dead_folders
 from common.jobs import Lease, Outcome, Standing
 from common.settings import Settings
 from common.spec import JobSpec
+from worker.artefacts import check_candidates
 from worker.child import OUTPUT
 from worker.keeper import Ended, LeaseKeeper
 from worker.leavings import as_problem, digest_output, read_result
@@ -205,8 +206,11 @@ class Supervisor:
             raise as_problem(result.problem)
         output = folder / OUTPUT
         sha256, size = digest_output(output, limit=spec.model.bytes * 2 + (1 << 20))
+        artefacts = check_candidates(folder, result.evidence, check=lambda: _check(keeper))
         key = output_key(lease.job_id, lease.attempt, lease.token)
         self._store.put(key, output)
+        for name in artefacts:
+            self._store.put(artefact_key(key, name), folder / name)
         return Outcome(
             verdict=result.verdict,
             remediation=result.remediation,
@@ -214,6 +218,7 @@ class Supervisor:
             output_key=key,
             output_sha256=sha256,
             output_bytes=size,
+            artefacts=artefacts,
         )
 
     def _obey(self, lease: Lease, ended: Ended) -> None:
@@ -251,6 +256,8 @@ class Supervisor:
             )
         if standing is not Standing.HELD:
             self._store.delete(outcome.output_key)
+            for name in outcome.artefacts:
+                self._store.delete(artefact_key(outcome.output_key, name))
         if standing is Standing.CANCELLED:
             self._write(jobs.stop, lease, retention_seconds=self._settings.retention_seconds)
         log.info("job-finished", standing=standing, output_sha256=outcome.output_sha256)

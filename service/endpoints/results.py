@@ -1,4 +1,4 @@
-"""What a job leaves: the purified model, its digest, the report."""
+"""What a job leaves: the purified model and the other candidates, their digests, the report."""
 
 from typing import Annotated, Any, Literal
 
@@ -7,21 +7,35 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from common import jobs
+from common.artefacts import Artefact, candidate_name, candidates_among, from_row
+from common.blobs import artefact_key
 from common.db import Job, State
 from common.errors import (
     Expired,
+    InternalError,
     InvalidField,
     NoModel,
     NoReport,
+    NoSuchCandidate,
     RangeNotSatisfiable,
     StillRunning,
 )
 from common.spec import JobSpec
 from service import downloads, problems
 from service.auth import Principal
-from service.context import Caller, Here, JobId, base_url, in_thread, json_answer
+from service.context import Caller, Context, Here, JobId, base_url, in_thread, json_answer
+from service.downloads import Download
 from service.openapi import PROBLEM_RESPONSES
-from service.schemas import job_view, progress_line
+from service.schemas import Links, job_view, progress_line
+
+Candidate = Annotated[
+    int | None,
+    Query(
+        ge=0,
+        description="Another result of the run: its place in the report's `evidence.candidates`, from 0. "
+        "Without it the chosen one is sent. Only `auto` makes candidates.",
+    ),
+]
 
 router = APIRouter(responses=PROBLEM_RESPONSES)
 
@@ -45,6 +59,7 @@ async def read_model(  # noqa: D103
     format: Annotated[  # noqa: A002 - the name clients use
         Literal["pt", "safetensors"] | None, Query(description="The uploaded format is kept.")
     ] = None,
+    candidate: Candidate = None,
 ) -> Response:
     job = await in_thread(here.database, lambda s: _ended_with_model(s, caller, job_id))
     spec = JobSpec.model_validate(job.spec)
@@ -52,22 +67,7 @@ async def read_model(  # noqa: D103
         raise InvalidField(
             f"The model was uploaded as {spec.model.format} and is not converted to {format}."
         )
-    try:
-        return await run_in_threadpool(
-            downloads.send_model,
-            job,
-            spec.download_name,
-            here.store,
-            request.headers,
-            with_body=request.method != "HEAD",
-        )
-    except RangeNotSatisfiable as problem:
-        return problems.answer(
-            problem,
-            instance=request.url.path,
-            request_id=request.state.request_id,
-            headers={"Content-Range": f"bytes */{job.output_bytes}"},
-        )
+    return await _send(request, here, _model(job, candidate))
 
 
 @router.get(
@@ -77,11 +77,11 @@ async def read_model(  # noqa: D103
     responses={200: {"description": "One line.", "content": {"text/plain": {}}}},
 )
 async def read_model_digest(  # noqa: D103
-    here: Here, caller: Caller, job_id: JobId
+    here: Here, caller: Caller, job_id: JobId, candidate: Candidate = None
 ) -> Response:
     job = await in_thread(here.database, lambda s: _ended_with_model(s, caller, job_id))
-    name = JobSpec.model_validate(job.spec).download_name
-    return Response(f"{job.output_sha256}  {name}\n", media_type="text/plain")
+    model = _model(job, candidate)
+    return Response(f"{model.artefact.sha256}  {model.name}\n", media_type="text/plain")
 
 
 @router.get(
@@ -102,10 +102,78 @@ async def read_report(  # noqa: D103
             mode="json",
             include={"state", "verdict", "remediation", "input", "method", "params", "seed"},
         )
-        return {"object": "report", "job": job.id, **about, "output": view.output, **job.report}
+        report = _with_links(job.report, view.links)
+        return {"object": "report", "job": job.id, **about, "output": view.output, **report}
 
     report = await in_thread(here.database, fetch)
     return json_answer(report)
+
+
+async def _send(request: Request, here: Context, download: Download) -> Response:
+    try:
+        return await run_in_threadpool(
+            downloads.send,
+            download,
+            here.store,
+            request.headers,
+            with_body=request.method != "HEAD",
+        )
+    except RangeNotSatisfiable as problem:
+        return problems.answer(
+            problem,
+            instance=request.url.path,
+            request_id=request.state.request_id,
+            headers={"Content-Range": f"bytes */{download.artefact.bytes}"},
+        )
+
+
+def _model(job: Job, candidate: int | None) -> Download:
+    """
+    Return the job's model, or another candidate of its run.
+
+    Raises:
+        NoSuchCandidate: It has none of this number.
+    """
+    key, sha256, size = job.output_key, job.output_sha256, job.output_bytes
+    if key is None or sha256 is None or size is None or job.finished_at is None:
+        raise InternalError("A job that succeeded has no output.")
+    spec = JobSpec.model_validate(job.spec)
+    if candidate is None:
+        return Download(
+            name=spec.download_name,
+            key=key,
+            artefact=Artefact(sha256=sha256, bytes=size),
+            modified=job.finished_at,
+        )
+    found = candidates_among(from_row(job.artefacts))
+    if candidate >= len(found):
+        raise NoSuchCandidate(_describe(len(found), spec.method))
+    return Download(
+        name=spec.candidate_download_name(candidate),
+        key=key,
+        differences_key=artefact_key(key, candidate_name(candidate)),
+        artefact=found[candidate],
+        modified=job.finished_at,
+    )
+
+
+def _describe(candidates: int, method: str) -> str:
+    if candidates:
+        return f"The run has {candidates} candidates, 0 to {candidates - 1}."
+    return (
+        f"The run of the method {method} has no candidates: only auto makes them, "
+        "where it changes the model."
+    )
+
+
+def _with_links(report: dict[str, Any], links: Links) -> dict[str, Any]:
+    """Return *report* with the address of each candidate."""
+    evidence = report.get("evidence")
+    if not evidence or not links.candidates:
+        return report
+    pairs = zip(evidence["candidates"], links.candidates, strict=True)
+    candidates = [{**candidate, "model": address} for candidate, address in pairs]
+    return {**report, "evidence": {**evidence, "candidates": candidates}}
 
 
 def _ended(session: Session, caller: Principal, job_id: str) -> Job:

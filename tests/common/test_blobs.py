@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.blobs import FileBlobStore, blob_store, output_key, upload_key
+from common.blobs import FileBlobStore, artefact_key, blob_store, output_key, upload_key
 
 KEY = upload_key("acme", "a" * 64)
 
@@ -70,12 +70,13 @@ def test_delete_removes_blob_and_its_empty_folder(store: FileBlobStore, tmp_path
 def test_keys_lists_one_kind_only(store: FileBlobStore, tmp_path: Path) -> None:
     """``keys`` names the blobs of the asked kind and no temporary file."""
     output = output_key("job_1", 1, "e" * 32)
-    for key in (KEY, output):
+    beside = artefact_key(output, "candidate-0")
+    for key in (KEY, output, beside):
         store.put(key, incoming(tmp_path))
     (store.folder / "uploads" / "acme" / ".half-written").write_bytes(b"x")
     store.check()
     assert list(store.keys("uploads")) == [KEY]
-    assert list(store.keys("outputs")) == [output]
+    assert list(store.keys("outputs")) == [output, beside]
     assert list(store.keys("nothing")) == []
 
 

@@ -14,7 +14,8 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 
 from common import jobs, retention
-from common.blobs import FileBlobStore, output_key, upload_key
+from common.artefacts import Artefact
+from common.blobs import FileBlobStore, artefact_key, output_key, upload_key
 from common.db import Blob, Database, IdempotencyKey, Job, JobBlob, State, Worker, now
 from common.errors import (
     AlreadyEnded,
@@ -44,6 +45,7 @@ OUTCOME = Outcome(
     output_key="outputs/job_x/1-t",
     output_sha256="c" * 64,
     output_bytes=3,
+    artefacts={"candidate-0": Artefact(sha256="d" * 64, bytes=3)},
 )
 
 Ending = Callable[[Database, str], object]
@@ -540,6 +542,7 @@ def test_finish_stores_the_outcome(database: Database) -> None:
     assert (job.verdict, job.remediation) == ("backdoored", "purified")
     assert job.report == {"figures": [1, 2]}
     assert (job.output_key, job.output_bytes) == ("outputs/job_x/1-t", 3)
+    assert job.artefacts == {"candidate-0": {"sha256": "d" * 64, "bytes": 3}}
     assert job.finished_at is not None
     assert job.expires_at is not None
     kept = (job.expires_at - job.finished_at).total_seconds()
@@ -832,6 +835,7 @@ def test_purge_of_a_finished_job_deletes_the_model_and_keeps_the_row(
     lease = running(database)
     key = output_key(lease.job_id, 1, lease.token)
     put(store, key)
+    put(store, artefact_key(key, "candidate-0"))
     outcome = Outcome(
         verdict="clean",
         remediation="unchanged",
@@ -839,6 +843,7 @@ def test_purge_of_a_finished_job_deletes_the_model_and_keeps_the_row(
         output_key=key,
         output_sha256="c" * 64,
         output_bytes=3,
+        artefacts={"candidate-0": Artefact(sha256="d" * 64, bytes=3)},
     )
     finish(database, lease, outcome=outcome)
     with database.read() as session:
@@ -1115,16 +1120,18 @@ def test_one_sweep_at_a_time(database: Database, tmp_path: Path) -> None:
 def test_only_outputs_that_nobody_names_are_swept(database: Database, store: FileBlobStore) -> None:
     """The finished job's output and the running lease's stay; every other one is deleted."""
     done, going, lost = running(database), running(database), running(database, seconds=-1)
-    kept = [output_key(lease.job_id, lease.attempt, lease.token) for lease in (done, going)]
+    models = [output_key(lease.job_id, lease.attempt, lease.token) for lease in (done, going)]
+    kept = [*models, *(artefact_key(key, "candidate-0") for key in models)]
     orphans = [
         output_key(done.job_id, 7, "e" * 32),
         output_key(going.job_id, 1, "e" * 32),
         output_key(lost.job_id, lost.attempt, lost.token),
         output_key("job_unknown", 1, "e" * 32),
     ]
+    orphans += [artefact_key(key, "candidate-0") for key in orphans]
     for key in (*kept, *orphans):
         put(store, key)
-    finish(database, done, outcome=Outcome(**{**OUTCOME.__dict__, "output_key": kept[0]}))
+    finish(database, done, outcome=Outcome(**{**OUTCOME.__dict__, "output_key": models[0]}))
     sweep(database, store)
     with database.write() as session:
         assert retention.sweep_outputs(session, store) == len(orphans)

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,9 @@ from fastapi import FastAPI
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
-from common import jobs
-from common.blobs import BlobStore, output_key
+from common import differences, jobs
+from common.artefacts import Artefact, candidate_name
+from common.blobs import BlobStore, artefact_key, output_key
 from common.db import Blob, Database, IdempotencyKey, Job, JobBlob
 from common.errors import Problem
 from common.jobs import Lease, Outcome
@@ -103,12 +104,20 @@ class Service:
         assert lease is not None
         return lease
 
-    def finish(self, job_id: str, model: bytes, **outcome: Any) -> Lease:
-        """Bring a queued job to its end with *model* as its result."""
+    def finish(
+        self, job_id: str, model: bytes, *, candidates: Sequence[bytes] = (), **outcome: Any
+    ) -> Lease:
+        """Bring a queued job to its end with *model* as its result, chosen of *candidates*."""
         lease = self.claim(job_id)
         key = output_key(job_id, lease.attempt, lease.token)
         file = self.settings.data_dir / "result.pt"
         file.write_bytes(model)
+        for number, content in enumerate(candidates):
+            other, changed = file.with_name("other.pt"), file.with_name("differences")
+            other.write_bytes(content)
+            differences.write(file, other, changed)
+            other.unlink()
+            self.context.store.put(artefact_key(key, candidate_name(number)), changed)
         self.context.store.put(key, file)
         given: dict[str, Any] = {
             "verdict": "backdoored",
@@ -117,6 +126,12 @@ class Service:
             "output_key": key,
             "output_sha256": hashlib.sha256(model).hexdigest(),
             "output_bytes": len(model),
+            "artefacts": {
+                candidate_name(number): Artefact(
+                    sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)
+                )
+                for number, content in enumerate(candidates)
+            },
         }
         with self.database.write() as session:
             jobs.finish(session, lease, Outcome(**given | outcome), retention_seconds=600)

@@ -53,6 +53,7 @@ def test_accepted_job_is_queued_under_an_absolute_address(service: Service) -> N
         "self": address,
         "model": None,
         "model_sha256": None,
+        "candidates": None,
         "report": None,
         "cancel": f"{address}/cancel",
     }

@@ -10,6 +10,12 @@ import pytest
 from common.errors import InternalError, JobCrashed, WeightsNotFinite
 from worker.leavings import as_problem, digest_output, read_result
 
+CANDIDATE = (
+    b'{"report": {"metrics": {}, "evidence": {"candidates": [{"sha256": "'
+    + b"0" * 64
+    + b'", "bytes": %s}]}}}'
+)
+
 
 def test_honest_result_is_read(tmp_path: Path) -> None:
     """A result comes back as it was written."""
@@ -19,6 +25,18 @@ def test_honest_result_is_read(tmp_path: Path) -> None:
     result = read_result(tmp_path)
     assert result is not None
     assert result.report == {"metrics": metrics}
+    assert result.evidence.candidates == []
+
+
+def test_candidates_of_a_result_are_read(tmp_path: Path) -> None:
+    """What a child says of its candidates' files comes back beside whatever else it says of them."""
+    said = {"sha256": "a" * 64, "bytes": 7, "strength": 0.1}
+    evidence = {"candidates": [said], "triggers": []}
+    written = {"report": {"metrics": {}, "evidence": evidence}}
+    (tmp_path / "result.json").write_text(json.dumps(written))
+    result = read_result(tmp_path)
+    assert result is not None
+    assert [(each.sha256, each.bytes) for each in result.evidence.candidates] == [("a" * 64, 7)]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +54,13 @@ def test_honest_result_is_read(tmp_path: Path) -> None:
         b'{"report": {"metrics": {"before": {"accuracy": NaN}}}}',
         b'{"report": {"metrics": {"before": {"accuracy": "high"}}}}',
         b'{"report": {"metrics": []}}',
+        b'{"report": {"metrics": {}, "evidence": 1}}',
+        b'{"report": {"metrics": {}, "evidence": {"candidates": 1}}}',
+        b'{"report": {"metrics": {}, "evidence": {"candidates": [{"bytes": 1}]}}}',
+        b'{"report": {"metrics": {}, "evidence": {"candidates": [{"sha256": "x", "bytes": 1}]}}}',
+        CANDIDATE % b"-1",
+        CANDIDATE % b"true",
+        b'{"report": {"metrics": {}, "evidence": {"candidates": [%s]}}}' % b",".join([b"{}"] * 17),
         b"[" * 100_000,
         b" " * ((16 << 20) + 1),
     ],

@@ -1,5 +1,7 @@
 """One job from files to files, in this process and without a service."""
 
+import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from common import differences
 from common.catalogue.architectures import ARCHITECTURES, SmallCnnArguments
 from common.catalogue.methods import METHODS
 from common.errors import (
@@ -96,6 +99,11 @@ class Job:
         )
         return sanitise(files, spec, device=CPU, progress=progress)
 
+    def clear(self) -> None:
+        """Remove what a run left."""
+        for path in (self.folder / "output", *self.folder.glob("candidate-*")):
+            path.unlink()
+
     @property
     def output(self) -> Any:
         """What the written model holds."""
@@ -146,7 +154,7 @@ def test_every_method_runs_as_a_job(job: Job, method: str) -> None:
     assert all(bool(value.isfinite().all()) for value in written.values())
     assert report["metrics"]["after"]["accuracy"] is not None
     assert "nothing-changed" not in [warning["code"] for warning in report["warnings"]]
-    (job.folder / "output").unlink()
+    job.clear()
     again = job.run()
     assert (job.folder / "output").read_bytes() == first
     for part in ("masks", "values", "history", "metrics"):
@@ -184,6 +192,32 @@ def test_report_holds_the_evidence_of_a_verdict(job: Job) -> None:
     (job.folder / "output").unlink()
     job.method, job.given = "awm", None
     assert job.run().report["evidence"] is None
+
+
+def test_every_candidate_lies_beside_the_model(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each strength's result has its digest and size in the report, and the chosen one is the model."""
+    monkeypatch.setattr("worker.purify.auto.judge", lambda _: Verdict.BACKDOORED)
+    job.method, job.given = "auto", {**QUICK["auto"], "strengths": [0.1, 0.5, 1.0]}
+    report = job.run().report
+    found = report["evidence"]["candidates"]
+    assert [candidate["strength"] for candidate in found] == [0.1, 0.5, 1.0]
+    digests = set()
+    for number, candidate in enumerate(found):
+        base, changed = (
+            (job.folder / name).open("rb") for name in ("output", f"candidate-{number}")
+        )
+        with differences.whole(base, changed) as file:
+            content = file.read()
+        digest = hashlib.sha256(content).hexdigest()
+        assert (candidate["sha256"], candidate["bytes"]) == (digest, len(content))
+        assert candidate["chosen"] == (content == (job.folder / "output").read_bytes())
+        digests.add(digest)
+        written = torch.load(io.BytesIO(content), weights_only=True)
+        assert list(written) == list(job.state)
+        for key, value in written.items():
+            assert value.dtype == job.state[key].dtype
+            assert key in report["values"] or torch.equal(value, job.state[key])
+    assert len(digests) == 3
 
 
 def test_method_that_changes_nothing_is_a_warning(job: Job) -> None:

@@ -4,12 +4,13 @@ import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
-from common import jobs
-from common.blobs import FileBlobStore, upload_key
+from common import differences, jobs
+from common.artefacts import candidates_among, from_row
+from common.blobs import FileBlobStore, artefact_key, upload_key
 from common.db import Database, Job, State
 from common.jobs import NewJob
 from common.settings import Settings
@@ -19,6 +20,7 @@ from tests.support.inputs import CLASSES, cnn_state, samples, saved
 from worker.supervisor import Supervisor
 
 TENANT = "local"
+QUICK = {"steps": 3, "restart_steps": 2, "copies": 1, "strengths": [0.5], "force": True}
 
 
 class SlowStore(FileBlobStore):
@@ -33,6 +35,19 @@ class SlowStore(FileBlobStore):
         """Take longer than a lease lives."""
         time.sleep(2)
         super().put(key, path)
+
+
+class CancellingStore(FileBlobStore):
+    """A store into which the last file comes at the moment of a cancel."""
+
+    bench: "Bench"
+    job_id: str
+
+    def put(self, key: str, path: Path) -> None:
+        """Store the file, and ask for the job's end."""
+        super().put(key, path)
+        with self.bench.database.write() as session:
+            jobs.cancel(session, TENANT, self.job_id, retention_seconds=600)
 
 
 class Bench:
@@ -52,8 +67,14 @@ class Bench:
         self.supervisor = Supervisor(self.settings, self.database, store, name="bench")
         self.folder = folder
 
-    def queue(self, *, sha256: str | None = None) -> str:
-        """Queue a job that changes nothing, and return its id."""
+    def queue(
+        self,
+        *,
+        sha256: str | None = None,
+        method: str = "none",
+        params: dict[str, Any] | None = None,
+    ) -> str:
+        """Queue a job, which changes nothing unless a method is named, and return its id."""
         blobs = {}
         digests = {}
         for role, content in (("model", saved(cnn_state())), ("samples", samples())):
@@ -70,8 +91,8 @@ class Bench:
             architecture="small_cnn",
             architecture_args={"classes": CLASSES, "channels": 3, "width": 4},
             classes=CLASSES,
-            method="none",
-            params={},
+            method=method,
+            params=params or {},
             seed=0,
         )
         new = NewJob(
@@ -110,6 +131,36 @@ def test_job_is_carried_to_its_end(bench: Bench) -> None:
         assert hashlib.sha256(output.read()).hexdigest() == row.output_sha256
     assert not bench.supervisor.run()
     assert not list(bench.settings.resolved_scratch_dir.glob("*/job_*"))
+
+
+def test_candidates_are_stored_beside_the_model(bench: Bench) -> None:
+    """A row names what was put together and measured, and the store has it."""
+    job_id = bench.queue(method="auto", params=QUICK)
+    assert bench.supervisor.run()
+    row = bench.row(job_id)
+    assert row.output_key is not None
+    assert row.report is not None
+    stored = from_row(row.artefacts)
+    claimed = row.report["evidence"]["candidates"]
+    assert [(each["sha256"], each["bytes"]) for each in claimed] == [
+        (artefact.sha256, artefact.bytes) for artefact in candidates_among(stored)
+    ]
+    assert claimed
+    for name, artefact in stored.items():
+        changed = bench.store.open(artefact_key(row.output_key, name))
+        with differences.whole(bench.store.open(row.output_key), changed) as file:
+            assert hashlib.sha256(file.read()).hexdigest() == artefact.sha256
+
+
+def test_job_cancelled_at_the_last_moment_leaves_no_file(tmp_path: Path) -> None:
+    """Neither the model nor what lies beside it stays when the end of the job is another one."""
+    store = CancellingStore(tmp_path / "blobs")
+    store.bench = bench = Bench(tmp_path, store)
+    store.job_id = bench.queue(method="auto", params=QUICK)
+    assert bench.supervisor.run()
+    assert bench.row(store.job_id).state == State.CANCELLED
+    assert list(store.keys("outputs")) == []
+    bench.supervisor.close()
 
 
 def test_closing_leaves_nothing(bench: Bench) -> None:

@@ -1,0 +1,41 @@
+"""
+The files that a job leaves beside its model: their names, and what the job's row holds of each.
+
+A candidate is kept as its differences from the model (``differences.py``).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MAX_CANDIDATES = 16
+"""Candidates of a run: ten strengths is the most that ``auto`` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """Digest and size of a file as it is served: of a whole candidate, not of its differences."""
+
+    sha256: str
+    bytes: int
+
+
+def candidate_name(number: int) -> str:
+    """Return the name of a candidate, counted from 0 as the report lists them."""
+    return f"candidate-{number}"
+
+
+def as_row(artefacts: Mapping[str, Artefact]) -> dict[str, Any]:
+    """Return what the job's row holds of *artefacts*."""
+    return {name: asdict(artefact) for name, artefact in artefacts.items()}
+
+
+def from_row(stored: Mapping[str, Any] | None) -> dict[str, Artefact]:
+    """Return what ``as_row`` stored; a job of before there were any has none."""
+    return {name: Artefact(**values) for name, values in (stored or {}).items()}
+
+
+def candidates_among(artefacts: Mapping[str, Artefact]) -> list[Artefact]:
+    """Return the candidates, in their order."""
+    names = map(candidate_name, range(MAX_CANDIDATES))
+    return [artefacts[name] for name in names if name in artefacts]

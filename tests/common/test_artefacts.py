@@ -1,0 +1,18 @@
+"""What lies beside a model is found again in the job's row."""
+
+from common.artefacts import Artefact, as_row, candidate_name, candidates_among, from_row
+
+ONE, OTHER = Artefact(sha256="a" * 64, bytes=1), Artefact(sha256="b" * 64, bytes=2)
+
+
+def test_row_holds_every_artefact() -> None:
+    """``from_row(as_row(a)) == a``; a row from before there were artefacts has none."""
+    artefacts = {candidate_name(0): ONE, candidate_name(1): OTHER}
+    assert from_row(as_row(artefacts)) == artefacts
+    assert from_row(None) == {}
+
+
+def test_candidates_come_in_their_order() -> None:
+    """They are counted from 0, whatever the order of the row and whatever lies beside them."""
+    artefacts = {candidate_name(10): ONE, "note": ONE, candidate_name(2): OTHER}
+    assert candidates_among(artefacts) == [OTHER, ONE]
