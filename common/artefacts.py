@@ -4,12 +4,18 @@ The files that a job leaves beside its model: their names, and what the job's ro
 A candidate is kept as its differences from the model (``differences.py``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 MAX_CANDIDATES = 16
 """Candidates of a run: ten strengths is the most that ``auto`` takes."""
+
+MAX_TRIGGERS = 16
+"""Triggers that there are files of: a run with its presets recovers five for each class it suspects."""
+
+TRIGGERS = "triggers.npz"
+"""The recovered triggers, and what they do to the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,11 @@ def candidate_name(number: int) -> str:
     return f"candidate-{number}"
 
 
+def trigger_image_name(number: int) -> str:
+    """Return the name of a trigger's picture, counted from 0 as the report lists them."""
+    return f"trigger-{number}.png"
+
+
 def as_row(artefacts: Mapping[str, Artefact]) -> dict[str, Any]:
     """Return what the job's row holds of *artefacts*."""
     return {name: asdict(artefact) for name, artefact in artefacts.items()}
@@ -37,5 +48,13 @@ def from_row(stored: Mapping[str, Any] | None) -> dict[str, Artefact]:
 
 def candidates_among(artefacts: Mapping[str, Artefact]) -> list[Artefact]:
     """Return the candidates, in their order."""
-    names = map(candidate_name, range(MAX_CANDIDATES))
+    return _among(artefacts, map(candidate_name, range(MAX_CANDIDATES)))
+
+
+def trigger_images_among(artefacts: Mapping[str, Artefact]) -> list[Artefact]:
+    """Return the triggers' pictures, in their order."""
+    return _among(artefacts, map(trigger_image_name, range(MAX_TRIGGERS)))
+
+
+def _among(artefacts: Mapping[str, Artefact], names: Iterable[str]) -> list[Artefact]:
     return [artefacts[name] for name in names if name in artefacts]

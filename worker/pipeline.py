@@ -38,6 +38,8 @@ from worker.purify.errors import PurificationError
 from worker.purify.method import Method, Purified
 from worker.report import Report, describe_samples, environment, evidence, warnings
 from worker.samples import Samples, load_samples
+from worker.trial_files import TRIAL
+from worker.trials import Trial, Tried
 from worker.yardstick import Network, Yardstick, compare
 
 _PROBLEMS: Mapping[type[PurificationError], type[Refused]] = {
@@ -51,7 +53,7 @@ _PROBLEMS: Mapping[type[PurificationError], type[Refused]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """The files of one job, all in its own folder; the candidates are written beside the output."""
+    """The files of one job, all in its own folder; candidates and trial are written beside the output."""
 
     model: Path
     samples: Path
@@ -106,21 +108,25 @@ def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Pub
         with noticing() as nondeterministic:
             purified = _purify(method, network, samples.images, labels, spec.seed, meter)
     purify_seconds = time.monotonic() - purifying
+    trial = Trial.of(() if purified is None else purified.triggers, samples.images, labels)
+    tried_before = trial.answers(network)
     originals = candidates.originals(checkpoint, purified)
     changes = _apply(checkpoint, purified)
 
     checkpoints.fill(network.model, checkpoint)  # the weights as they will be downloaded
+    tried = Tried(trial=trial, before=tried_before, after=trial.answers(network))
     answers_after = yardstick.answers(network, meter.phase("measure again", yardstick.size))
 
     progress("save", 0, 1, 0.99)
     checkpoints.save(checkpoint, files.output)
     checkpoints.verify(checkpoint, files.output)
+    tried.write(files.output.with_name(TRIAL))
     written = candidates.write_candidates(checkpoint, purified, originals, files.output)
     report: Report = {
         "metrics": compare(yardstick, answers_before, answers_after),
         "samples": describe_samples(samples, labels, spec.classes),
         **changes,
-        "evidence": evidence(purified, written),
+        "evidence": evidence(purified, written, tried),
         "history": [] if purified is None else list(purified.history),
         "warnings": warnings(samples, labels, spec, yardstick, purified),
         "environment": environment(device, purified, nondeterministic),

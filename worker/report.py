@@ -3,6 +3,7 @@
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from common.spec import JobSpec
 from worker.purify.method import Purified
 from worker.purify.trigger import Trigger
 from worker.samples import Samples
+from worker.trials import Tried
 from worker.yardstick import Yardstick
 
 Report = dict[str, Any]
@@ -35,7 +37,7 @@ def describe_samples(samples: Samples, labels: Tensor, classes: int) -> Report:
 
 
 def evidence(
-    purified: Purified | None, candidates: Sequence[Mapping[str, object]]
+    purified: Purified | None, candidates: Sequence[Mapping[str, object]], tried: Tried
 ) -> Report | None:
     """
     Return what a verdict rests on, or None where nothing was looked for.
@@ -45,6 +47,7 @@ def evidence(
 
     Args:
         candidates: What there is to say of the file of each of the method's candidates.
+        tried: What its triggers do to the uploader's samples.
     """
     if purified is None or purified.verdict is None:
         return None
@@ -52,7 +55,14 @@ def evidence(
     if candidates:
         pairs = zip(found["candidates"], candidates, strict=True)
         found["candidates"] = [{**candidate, **file} for candidate, file in pairs]
-    return {**found, "triggers": [_described(trigger) for trigger in purified.triggers]}
+    return {
+        **found,
+        "triggers": [
+            {**_described(trigger), **tried.success(number)}
+            for number, trigger in enumerate(purified.triggers)
+        ],
+        "trial": asdict(tried.trial.counts) if tried.trial.triggers else None,
+    }
 
 
 def _described(trigger: Trigger) -> Report:

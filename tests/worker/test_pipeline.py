@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import differences
 from common.catalogue.architectures import ARCHITECTURES, SmallCnnArguments
@@ -27,11 +27,14 @@ from common.errors import (
 from common.formats.model import ModelFormat
 from common.spec import JobSpec, ModelInput, SamplesInput
 from tests.support.inputs import CLASSES, cnn_state, npz, samples, saved
-from worker import checkpoints
+from worker import checkpoints, trial_files
 from worker.architectures.registry import build
 from worker.normalise import normaliser
 from worker.pipeline import Files, Result, sanitise
 from worker.purify.evidence import Verdict
+from worker.purify.metrics import predict
+from worker.samples import load_samples
+from worker.trial_files import TRIAL, Counts
 
 CPU = torch.device("cpu")
 # Few steps of each method; the others' presets run for minutes. A small network's layers have too few
@@ -45,6 +48,13 @@ QUICK: Mapping[str, dict[str, Any]] = {
     "ibau": {"rounds": 1, "passes": 2},
     "none": {},
 }
+
+
+def cnn(state: Mapping[str, Tensor]) -> nn.Module:
+    """Return the network with the weights of *state*."""
+    model = build("small_cnn", SmallCnnArguments(classes=CLASSES, channels=3, width=4)).eval()
+    model.load_state_dict(dict(state))
+    return model
 
 
 def _ignore(_phase: str, _step: int, _total: int, _fraction: float) -> None:
@@ -101,7 +111,7 @@ class Job:
 
     def clear(self) -> None:
         """Remove what a run left."""
-        for path in (self.folder / "output", *self.folder.glob("candidate-*")):
+        for path in self.folder.iterdir():
             path.unlink()
 
     @property
@@ -157,7 +167,7 @@ def test_every_method_runs_as_a_job(job: Job, method: str) -> None:
     job.clear()
     again = job.run()
     assert (job.folder / "output").read_bytes() == first
-    for part in ("masks", "values", "history", "metrics"):
+    for part in ("masks", "values", "history", "metrics", "evidence"):
         assert again.report[part] == report[part]
 
 
@@ -189,7 +199,7 @@ def test_report_holds_the_evidence_of_a_verdict(job: Job) -> None:
         assert trigger["mask"] == sorted(trigger["mask"], reverse=True)
         assert all(0 <= row < 8 and 0 <= column < 8 for row, column in trigger["pixels"])
         assert all(len(values) == 3 for values in trigger["pattern"])
-    (job.folder / "output").unlink()
+    job.clear()
     job.method, job.given = "awm", None
     assert job.run().report["evidence"] is None
 
@@ -218,6 +228,37 @@ def test_every_candidate_lies_beside_the_model(job: Job, monkeypatch: pytest.Mon
             assert value.dtype == job.state[key].dtype
             assert key in report["values"] or torch.equal(value, job.state[key])
     assert len(digests) == 3
+
+
+def test_triggers_are_tried_on_the_samples(job: Job) -> None:
+    """The trial's arrays hold what both models say, and the report's numbers are counted from them."""
+    job.method = "auto"
+    result = job.run()
+    evidence = result.report["evidence"]
+    counts = Counts(**evidence["trial"])
+    assert (counts.samples, counts.shown) == (20, 20)
+    with (job.folder / TRIAL).open("rb") as file:
+        arrays = trial_files.read(file, counts, image_shape=(3, 8, 8), classes=CLASSES, samples=20)
+    before, after = cnn(job.state), cnn(job.output)
+    clean = load_samples(job.folder / "samples").images[arrays["sample"].tolist()]
+    assert (arrays["clean"] == clean.numpy()).all()
+    assert (arrays["clean_before"] == predict(before, clean).numpy()).all()
+    assert (arrays["clean_after"] == predict(after, clean).numpy()).all()
+    for number, trigger in enumerate(evidence["triggers"]):
+        target, mask = arrays["target"][number], arrays["mask"][number]
+        assert trigger["class"] == target
+        stamped = arrays["clean"] * (1 - mask) + arrays["pattern"][number] * mask
+        assert arrays["stamped"][number] == pytest.approx(stamped, abs=1e-6)
+        others = arrays["label"] != target
+        for moment, model in (("before", before), ("after", after)):
+            answers = predict(model, torch.tensor(arrays["stamped"][number])).numpy()
+            assert (arrays[f"stamped_{moment}"][number] == answers).all()
+            success = (answers[others] == target).mean()
+            assert trigger[f"success_{moment}"] == pytest.approx(success, abs=1e-4)
+    job.clear()
+    job.method = "awm"
+    job.run()
+    assert not (job.folder / TRIAL).exists()
 
 
 def test_method_that_changes_nothing_is_a_warning(job: Job) -> None:
@@ -277,7 +318,7 @@ def test_normalisation_is_part_of_the_network(job: Job) -> None:
     job.method = "none"
     job.evaluation = npz(images=images, labels=answers.numpy())
     assert job.run().report["metrics"]["before"]["accuracy"] < 1
-    (job.folder / "output").unlink()
+    job.clear()
     job.changes = {"mean": mean, "std": std}
     assert job.run().report["metrics"]["before"]["accuracy"] == 1
 
