@@ -195,6 +195,16 @@ class NoSuchCandidate(Refused):
     )
 
 
+class NoSuchTrigger(Refused):
+    """This job has no such trigger."""
+
+    code = "no-such-trigger"
+    title = "No such trigger"
+    default_hint = (
+        "The report lists the recovered triggers under evidence.triggers, counted from 0."
+    )
+
+
 class NoReport(Refused):
     """This job ended without a report."""
 

@@ -61,6 +61,10 @@ class JobSpec(_Value):
         """Return the name of a candidate: ``<uploaded stem>-clean-candidate<number><suffix>``."""
         return self._named(f"clean-candidate{number}")
 
+    def name_beside(self, ending: str) -> str:
+        """Return the name of something else that the job leaves: ``<uploaded stem>-<ending>``."""
+        return f"{self.model.name.rpartition('.')[0] or self.model.name}-{ending}"
+
     def _named(self, ending: str) -> str:
         stem, dot, suffix = self.model.name.rpartition(".")
         return f"{stem}-{ending}.{suffix}" if dot and stem else f"{self.model.name}-{ending}"

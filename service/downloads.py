@@ -19,7 +19,6 @@ from common.blobs import BlobStore
 from common.errors import Expired, RangeNotSatisfiable
 
 _CHUNK_BYTES = 256 << 10
-_MEDIA_TYPE = "application/octet-stream"
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -58,10 +57,10 @@ def requested_range(header: str | None, size: int) -> ByteRange | None:
     return ByteRange(start, end)
 
 
-def content_disposition(name: str) -> str:
+def content_disposition(name: str, *, kind: str = "attachment") -> str:
     """Return a header that names the download for old and new clients alike (RFC 6266)."""
     plain = name.encode("ascii", "replace").decode().replace("?", "_").replace('"', "_")
-    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
+    return f"{kind}; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +79,7 @@ class Download:
     differences_key: str | None = None
     artefact: Artefact
     modified: datetime
+    media_type: str = "application/octet-stream"
 
 
 def send(download: Download, store: BlobStore, headers: Headers, *, with_body: bool) -> Response:
@@ -92,10 +92,11 @@ def send(download: Download, store: BlobStore, headers: Headers, *, with_body: b
     """
     sha256, size = download.artefact.sha256, download.artefact.bytes
     etag = f'"{sha256}"'
+    kind = "inline" if download.media_type.startswith("image/") else "attachment"
     common = {
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",
-        "Content-Disposition": content_disposition(download.name),
+        "Content-Disposition": content_disposition(download.name, kind=kind),
         "ETag": etag,
         "Last-Modified": format_datetime(download.modified, usegmt=True),
         "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:",
@@ -109,7 +110,7 @@ def send(download: Download, store: BlobStore, headers: Headers, *, with_body: b
     if not with_body:
         file.close()
         common["Content-Length"] = str(size)
-        return Response(headers=common, media_type=_MEDIA_TYPE)
+        return Response(headers=common, media_type=download.media_type)
     part = wanted or ByteRange(0, size - 1)
     if wanted is not None:
         common["Content-Range"] = f"bytes {part.first}-{part.last}/{size}"
@@ -117,7 +118,7 @@ def send(download: Download, store: BlobStore, headers: Headers, *, with_body: b
         _read(file, part),
         status_code=200 if wanted is None else 206,
         headers={**common, "Content-Length": str(part.last - part.first + 1)},
-        media_type=_MEDIA_TYPE,
+        media_type=download.media_type,
     )
 
 

@@ -86,6 +86,20 @@ CREATE_JOB: dict[str, Any] = {
     },
 }
 
+TRIGGER_ARRAYS = (
+    "Arrays by name, for `numpy.load`: of T triggers `target` (T,), `mask` (T, 1, H, W) and "
+    "`pattern` (T, C, H, W); of M samples their places in the uploaded file `sample` (M,), their "
+    "`label` (M,), and the classes that they get from the model as it came and as it goes, clean "
+    "(`clean_before`, `clean_after`, (M,)) and under each trigger (`stamped_before`, `stamped_after`, "
+    "(T, M)); the first K of these samples as images, `clean` (K, C, H, W) and `stamped` (T, K, C, H, W)."
+)
+
+TRIGGER_PICTURE = (
+    "Mask, pattern, and the pattern as far as the mask shows it; below them samples of other classes, "
+    "and the same samples under the trigger. Images that have neither one nor three channels are shown "
+    "as the mean of their channels."
+)
+
 _STATUSES = {
     400: "The body is not a complete form.",
     401: "The token is missing or not valid.",

@@ -24,6 +24,7 @@ STATUSES: Mapping[type[Problem], int] = {
     errors.TooLarge: 413,
     errors.QuotaExceeded: 429,
     errors.NoSuchCandidate: 404,
+    errors.NoSuchTrigger: 404,
     errors.NoModel: 409,
     errors.NoReport: 409,
     errors.AlreadyEnded: 409,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.artefacts import candidates_among, from_row
+from common.artefacts import TRIGGERS, candidates_among, from_row, trigger_images_among
 from common.db import Job, State
 from common.spec import JobSpec
 from service import problems
@@ -103,6 +103,10 @@ class Links(_Schema):
     model_sha256: str | None
     candidates: list[str] | None = Field(
         description="Every candidate of the run as a model, in the report's order."
+    )
+    triggers: str | None = Field(description="The recovered triggers as arrays.")
+    trigger_images: list[str] | None = Field(
+        description="A picture of each trigger, in the report's order."
     )
     report: str | None
     cancel: str | None
@@ -208,6 +212,7 @@ def job_view(job: Job, base_url: str, *, is_expired: bool) -> JobView:
     state = State(job.state)
     address = f"{base_url}/jobs/{job.id}"
     has_model = state is State.SUCCEEDED and not is_expired
+    artefacts = from_row(job.artefacts) if has_model else {}
     has_report = job.report is not None and not is_expired
     return JobView(
         id=job.id,
@@ -240,16 +245,21 @@ def job_view(job: Job, base_url: str, *, is_expired: bool) -> JobView:
             self=address,
             model=f"{address}/model" if has_model else None,
             model_sha256=f"{address}/model.sha256" if has_model else None,
-            candidates=_candidate_links(job, address) if has_model else None,
+            candidates=[
+                f"{address}/model?candidate={number}"
+                for number in range(len(candidates_among(artefacts)))
+            ]
+            or None,
+            triggers=f"{address}/triggers.npz" if TRIGGERS in artefacts else None,
+            trigger_images=[
+                f"{address}/triggers/{number}.png"
+                for number in range(len(trigger_images_among(artefacts)))
+            ]
+            or None,
             report=f"{address}/report.json" if has_report else None,
             cancel=None if state.is_terminal else f"{address}/cancel",
         ),
     )
-
-
-def _candidate_links(job: Job, address: str) -> list[str] | None:
-    count = len(candidates_among(from_row(job.artefacts)))
-    return [f"{address}/model?candidate={number}" for number in range(count)] or None
 
 
 def input_view(spec: JobSpec) -> InputView:

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import differences
-from common.artefacts import Artefact, candidate_name
+from common.artefacts import TRIGGERS, Artefact, candidate_name, trigger_image_name
 from common.errors import InternalError
+from common.spec import JobSpec
+from worker import trial_files
 from worker.child import OUTPUT
+from worker.contact_sheet import contact_sheet, png
 from worker.leavings import Evidence, open_plain
 
 _CHUNK_BYTES = 1 << 20
@@ -38,6 +41,42 @@ def check_candidates(
             raise InternalError("A candidate is not the one that was verified.")
         found[candidate_name(number)] = artefact
     return found
+
+
+def make_trigger_files(folder: Path, evidence: Evidence, spec: JobSpec) -> dict[str, Artefact]:
+    """
+    Make the files of the recovered triggers out of the numbers that the child left.
+
+    Raises:
+        InternalError: They are not what an honest child leaves.
+        OSError: They are missing, or lie in no plain file.
+    """
+    if evidence.trial is None:
+        return {}
+    counts = trial_files.Counts(**evidence.trial.model_dump())
+    try:
+        with open_plain(folder / trial_files.TRIAL) as file:
+            arrays = trial_files.read(
+                file,
+                counts,
+                image_shape=spec.samples.image_shape,
+                classes=spec.classes,
+                samples=spec.samples.count,
+            )
+    except ValueError as exc:
+        raise InternalError(f"The trial of the triggers is damaged: {exc}.") from exc
+    trial_files.write_npz(arrays, folder / TRIGGERS)
+    names = [trigger_image_name(number) for number in range(counts.triggers)]
+    for number, name in enumerate(names):
+        with (folder / name).open("xb") as image:
+            image.write(png(contact_sheet(arrays, number)))
+    return {name: _describe(folder / name) for name in (TRIGGERS, *names)}
+
+
+def _describe(path: Path) -> Artefact:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return Artefact(sha256=digest.hexdigest(), bytes=path.stat().st_size)
 
 
 def _measure(model: Path, candidate: Path, check: Callable[[], None]) -> Artefact:

@@ -9,13 +9,14 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from common.artefacts import MAX_CANDIDATES
+from common.artefacts import MAX_CANDIDATES, MAX_TRIGGERS
 from common.errors import PROBLEMS, InternalError, JobCrashed, Problem
 from worker.child import RESULT
+from worker.trial_files import MAX_SAMPLES
 
 _CHUNK_BYTES = 1 << 20
 _MAX_RESULT_BYTES = 16 << 20
@@ -35,12 +36,30 @@ class ClaimedCandidate(BaseModel):
     bytes: Annotated[int, Field(ge=0)]
 
 
+class ClaimedTrial(BaseModel):
+    """How much a child says that it tried."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    triggers: Annotated[int, Field(ge=1, le=MAX_TRIGGERS)]
+    samples: Annotated[int, Field(ge=0, le=MAX_SAMPLES)]
+    shown: Annotated[int, Field(ge=0, le=MAX_SAMPLES)]
+
+    @model_validator(mode="after")
+    def _show_no_more_than_was_tried(self) -> Self:
+        if self.shown > self.samples:
+            raise ValueError("more samples are shown than were tried")
+        return self
+
+
 class Evidence(BaseModel):
     """The parts of a report's evidence that files belong to."""
 
     model_config = ConfigDict(strict=True)
 
     candidates: Annotated[list[ClaimedCandidate], Field(max_length=MAX_CANDIDATES)] = []
+    triggers: list[dict[str, Any]] = []
+    trial: ClaimedTrial | None = None
 
 
 class ChildResult(BaseModel):

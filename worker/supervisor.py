@@ -35,7 +35,7 @@ from common.folders import ProcessFolder, sweep_dead_folders
 from common.jobs import Lease, Outcome, Standing
 from common.settings import Settings
 from common.spec import JobSpec
-from worker.artefacts import check_candidates
+from worker.artefacts import check_candidates, make_trigger_files
 from worker.child import OUTPUT
 from worker.keeper import Ended, LeaseKeeper
 from worker.leavings import as_problem, digest_output, read_result
@@ -206,7 +206,10 @@ class Supervisor:
             raise as_problem(result.problem)
         output = folder / OUTPUT
         sha256, size = digest_output(output, limit=spec.model.bytes * 2 + (1 << 20))
-        artefacts = check_candidates(folder, result.evidence, check=lambda: _check(keeper))
+        artefacts = {
+            **check_candidates(folder, result.evidence, check=lambda: _check(keeper)),
+            **make_trigger_files(folder, result.evidence, spec),
+        }
         key = output_key(lease.job_id, lease.attempt, lease.token)
         self._store.put(key, output)
         for name in artefacts:

@@ -1,13 +1,22 @@
-"""What a job leaves: the purified model and the other candidates, their digests, the report."""
+"""What a job leaves: the purified model, the other candidates, the triggers, the report."""
 
+from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from common import jobs
-from common.artefacts import Artefact, candidate_name, candidates_among, from_row
+from common.artefacts import (
+    TRIGGERS,
+    Artefact,
+    candidate_name,
+    candidates_among,
+    from_row,
+    trigger_image_name,
+    trigger_images_among,
+)
 from common.blobs import artefact_key
 from common.db import Job, State
 from common.errors import (
@@ -17,6 +26,7 @@ from common.errors import (
     NoModel,
     NoReport,
     NoSuchCandidate,
+    NoSuchTrigger,
     RangeNotSatisfiable,
     StillRunning,
 )
@@ -25,7 +35,7 @@ from service import downloads, problems
 from service.auth import Principal
 from service.context import Caller, Context, Here, JobId, base_url, in_thread, json_answer
 from service.downloads import Download
-from service.openapi import PROBLEM_RESPONSES
+from service.openapi import PROBLEM_RESPONSES, TRIGGER_ARRAYS, TRIGGER_PICTURE
 from service.schemas import Links, job_view, progress_line
 
 Candidate = Annotated[
@@ -82,6 +92,57 @@ async def read_model_digest(  # noqa: D103
     job = await in_thread(here.database, lambda s: _ended_with_model(s, caller, job_id))
     model = _model(job, candidate)
     return Response(f"{model.artefact.sha256}  {model.name}\n", media_type="text/plain")
+
+
+@router.head("/jobs/{job_id}/triggers.npz", include_in_schema=False)
+@router.get(
+    "/jobs/{job_id}/triggers.npz",
+    summary="Download the recovered triggers",
+    response_class=Response,
+    responses={
+        200: {
+            "description": TRIGGER_ARRAYS,
+            "content": {"application/octet-stream": {}},
+        },
+        206: {"description": "The range of it that was asked for."},
+        304: {"description": "It is as `If-None-Match` says."},
+    },
+)
+async def read_triggers(  # noqa: D103
+    request: Request, here: Here, caller: Caller, job_id: JobId
+) -> Response:
+    job = await in_thread(here.database, lambda s: _ended_with_model(s, caller, job_id))
+    return await _send(request, here, _trigger_file(job, TRIGGERS, "triggers.npz"))
+
+
+@router.head("/jobs/{job_id}/triggers/{number}.png", include_in_schema=False)
+@router.get(
+    "/jobs/{job_id}/triggers/{number}.png",
+    summary="See a recovered trigger",
+    response_class=Response,
+    responses={
+        200: {
+            "description": TRIGGER_PICTURE,
+            "content": {"image/png": {}},
+        },
+        206: {"description": "The range of it that was asked for."},
+        304: {"description": "It is as `If-None-Match` says."},
+    },
+)
+async def read_trigger_image(  # noqa: D103
+    request: Request,
+    here: Here,
+    caller: Caller,
+    job_id: JobId,
+    number: Annotated[
+        int, Path(ge=0, description="Its place in the report's `evidence.triggers`, from 0.")
+    ],
+) -> Response:
+    job = await in_thread(here.database, lambda s: _ended_with_model(s, caller, job_id))
+    image = _trigger_file(
+        job, trigger_image_name(number), f"trigger{number}.png", media_type="image/png"
+    )
+    return await _send(request, here, image)
 
 
 @router.get(
@@ -157,6 +218,34 @@ def _model(job: Job, candidate: int | None) -> Download:
     )
 
 
+def _trigger_file(
+    job: Job, name: str, ending: str, *, media_type: str = "application/octet-stream"
+) -> Download:
+    """
+    Return a file of the recovered triggers.
+
+    Raises:
+        NoSuchTrigger: The job has none of this name.
+    """
+    if job.output_key is None or job.finished_at is None:
+        raise InternalError("A job that succeeded has no output.")
+    spec, artefacts = JobSpec.model_validate(job.spec), from_row(job.artefacts)
+    if name not in artefacts:
+        count = len(trigger_images_among(artefacts))
+        raise NoSuchTrigger(
+            f"There are pictures of {count} triggers, 0 to {count - 1}."
+            if count
+            else f"The run of the method {spec.method} recovered no trigger."
+        )
+    return Download(
+        name=spec.name_beside(ending),
+        key=artefact_key(job.output_key, name),
+        artefact=artefacts[name],
+        modified=job.finished_at,
+        media_type=media_type,
+    )
+
+
 def _describe(candidates: int, method: str) -> str:
     if candidates:
         return f"The run has {candidates} candidates, 0 to {candidates - 1}."
@@ -167,13 +256,17 @@ def _describe(candidates: int, method: str) -> str:
 
 
 def _with_links(report: dict[str, Any], links: Links) -> dict[str, Any]:
-    """Return *report* with the address of each candidate."""
-    evidence = report.get("evidence")
-    if not evidence or not links.candidates:
-        return report
-    pairs = zip(evidence["candidates"], links.candidates, strict=True)
-    candidates = [{**candidate, "model": address} for candidate, address in pairs]
-    return {**report, "evidence": {**evidence, "candidates": candidates}}
+    """Return *report* with the address of each candidate and of each trigger's picture."""
+    evidence = dict(report.get("evidence") or {})
+    for entries, name, addresses in (
+        ("candidates", "model", links.candidates),
+        ("triggers", "image", links.trigger_images),
+    ):
+        if addresses:
+            found = evidence.get(entries, [])
+            pairs = zip_longest(found, addresses[: len(found)])
+            evidence[entries] = [{**entry, name: address} for entry, address in pairs]
+    return {**report, "evidence": evidence} if evidence else report
 
 
 def _ended(session: Session, caller: Principal, job_id: str) -> Job:

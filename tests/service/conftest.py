@@ -3,10 +3,11 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx2 as httpx
@@ -105,9 +106,15 @@ class Service:
         return lease
 
     def finish(
-        self, job_id: str, model: bytes, *, candidates: Sequence[bytes] = (), **outcome: Any
+        self,
+        job_id: str,
+        model: bytes,
+        *,
+        candidates: Sequence[bytes] = (),
+        beside: Mapping[str, bytes] = MappingProxyType({}),
+        **outcome: Any,
     ) -> Lease:
-        """Bring a queued job to its end with *model* as its result, chosen of *candidates*."""
+        """Bring a queued job to its end with *model*, chosen of *candidates*, and files *beside* it."""
         lease = self.claim(job_id)
         key = output_key(job_id, lease.attempt, lease.token)
         file = self.settings.data_dir / "result.pt"
@@ -118,6 +125,9 @@ class Service:
             differences.write(file, other, changed)
             other.unlink()
             self.context.store.put(artefact_key(key, candidate_name(number)), changed)
+        for name, content in beside.items():
+            (file.parent / name).write_bytes(content)
+            self.context.store.put(artefact_key(key, name), file.parent / name)
         self.context.store.put(key, file)
         given: dict[str, Any] = {
             "verdict": "backdoored",
@@ -127,10 +137,11 @@ class Service:
             "output_sha256": hashlib.sha256(model).hexdigest(),
             "output_bytes": len(model),
             "artefacts": {
-                candidate_name(number): Artefact(
-                    sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)
-                )
-                for number, content in enumerate(candidates)
+                name: Artefact(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+                for name, content in {
+                    **{candidate_name(number): each for number, each in enumerate(candidates)},
+                    **beside,
+                }.items()
             },
         }
         with self.database.write() as session:

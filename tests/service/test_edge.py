@@ -306,8 +306,9 @@ def test_job_of_another_tenant_does_not_exist(guarded: Service, method: str, pat
     guarded.finish(done, model_pt())
     for job_id in (queued, done):
         before = guarded.client.get(f"/jobs/{job_id}", headers=acme).json()
-        theirs = request(guarded, method, path.format(job_id=job_id), rival)
-        nobodys = request(guarded, method, path.format(job_id="job_" + "0" * 24), rival)
+        theirs = request(guarded, method, path.format(job_id=job_id, number=0), rival)
+        nobody = path.format(job_id="job_" + "0" * 24, number=0)
+        nobodys = request(guarded, method, nobody, rival)
         assert theirs.status_code == nobodys.status_code == 404
         if method != "HEAD":
             stripped = [

@@ -54,6 +54,8 @@ def test_accepted_job_is_queued_under_an_absolute_address(service: Service) -> N
         "model": None,
         "model_sha256": None,
         "candidates": None,
+        "triggers": None,
+        "trigger_images": None,
         "report": None,
         "cancel": f"{address}/cancel",
     }

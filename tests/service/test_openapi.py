@@ -1,6 +1,7 @@
 """``/openapi.json`` tells the whole truth, and can be read by machines."""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_it_has_the_shape_of_openapi() -> None:
         assert verb in VERBS
         assert operation["summary"]
         declared = {p["name"] for p in operation.get("parameters", []) if p["in"] == "path"}
-        assert declared == {part[1:-1] for part in path.split("/") if part.startswith("{")}
+        assert declared == set(re.findall(r"{(\w+)}", path))
         for status, response in operation["responses"].items():
             assert status.isdigit()
             assert response["description"]
@@ -136,6 +137,8 @@ def test_problems_are_documented_as_what_they_are() -> None:
         ("/jobs/{job_id}/cancel", "post", {"200"}),
         ("/jobs/{job_id}/model", "get", {"200", "206", "304"}),
         ("/jobs/{job_id}/model.sha256", "get", {"200"}),
+        ("/jobs/{job_id}/triggers.npz", "get", {"200", "206", "304"}),
+        ("/jobs/{job_id}/triggers/{number}.png", "get", {"200", "206", "304"}),
         ("/jobs/{job_id}/report.json", "get", {"200"}),
         ("/readyz", "get", {"200", "503"}),
     ],

@@ -15,6 +15,7 @@ CANDIDATE = (
     + b"0" * 64
     + b'", "bytes": %s}]}}}'
 )
+TRIAL = b'{"report": {"metrics": {}, "evidence": {"trial": %s}}}'
 
 
 def test_honest_result_is_read(tmp_path: Path) -> None:
@@ -61,6 +62,14 @@ def test_candidates_of_a_result_are_read(tmp_path: Path) -> None:
         CANDIDATE % b"-1",
         CANDIDATE % b"true",
         b'{"report": {"metrics": {}, "evidence": {"candidates": [%s]}}}' % b",".join([b"{}"] * 17),
+        TRIAL % b'{"triggers": 1, "samples": 1}',
+        TRIAL % b'{"triggers": 0, "samples": 1, "shown": 1}',
+        TRIAL % b'{"triggers": 17, "samples": 1, "shown": 1}',
+        TRIAL % b'{"triggers": 1, "samples": 65, "shown": 1}',
+        TRIAL % b'{"triggers": 1, "samples": 1, "shown": 2}',
+        TRIAL % b'{"triggers": 1, "samples": 1, "shown": -1}',
+        TRIAL % b'{"triggers": 1, "samples": 1, "shown": 1, "more": 1}',
+        b'{"report": {"metrics": {}, "evidence": {"triggers": [1]}}}',
         b"[" * 100_000,
         b" " * ((16 << 20) + 1),
     ],

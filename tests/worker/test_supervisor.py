@@ -9,7 +9,14 @@ from typing import Any, BinaryIO
 import pytest
 
 from common import differences, jobs
-from common.artefacts import candidates_among, from_row
+from common.artefacts import (
+    TRIGGERS,
+    candidate_name,
+    candidates_among,
+    from_row,
+    trigger_image_name,
+    trigger_images_among,
+)
 from common.blobs import FileBlobStore, artefact_key, upload_key
 from common.db import Database, Job, State
 from common.jobs import NewJob
@@ -146,10 +153,26 @@ def test_candidates_are_stored_beside_the_model(bench: Bench) -> None:
         (artefact.sha256, artefact.bytes) for artefact in candidates_among(stored)
     ]
     assert claimed
-    for name, artefact in stored.items():
+    for number, artefact in enumerate(candidates_among(stored)):
+        name = candidate_name(number)
         changed = bench.store.open(artefact_key(row.output_key, name))
         with differences.whole(bench.store.open(row.output_key), changed) as file:
             assert hashlib.sha256(file.read()).hexdigest() == artefact.sha256
+
+
+def test_triggers_are_stored_beside_the_model(bench: Bench) -> None:
+    """Every trigger that was tried has its picture, and all of them are in one file of arrays."""
+    job_id = bench.queue(method="auto", params=QUICK)
+    assert bench.supervisor.run()
+    row = bench.row(job_id)
+    assert row.output_key is not None
+    assert row.report is not None
+    stored = from_row(row.artefacts)
+    tried = row.report["evidence"]["trial"]["triggers"]
+    assert len(trigger_images_among(stored)) == tried > 0
+    for name in (TRIGGERS, *map(trigger_image_name, range(tried))):
+        with bench.store.open(artefact_key(row.output_key, name)) as file:
+            assert hashlib.sha256(file.read()).hexdigest() == stored[name].sha256
 
 
 def test_job_cancelled_at_the_last_moment_leaves_no_file(tmp_path: Path) -> None:
