@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import operator
 import os
 import platform
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
+RELATIONS: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -150,6 +152,32 @@ def conclude(
             }
         )
     )
+
+
+def conclude_by(
+    benchmark: str, *, figures: Mapping[str, float | None], targets: Mapping[str, str]
+) -> None:
+    """
+    Print the summary as the last line; every target that was measured decides whether it is met.
+
+    Args:
+        figures: None for what was not measured.
+        targets: A relation and a limit such as ``">= 0.95"``, each by the name of its figure.
+    """
+    measured = {name: value for name in targets if (value := figures[name]) is not None}
+    conclude(
+        benchmark,
+        figures=dict(figures),
+        targets=dict(targets),
+        met=all(is_met(value, targets[name]) for name, value in measured.items()),
+        unmeasured=[name for name in targets if name not in measured],
+    )
+
+
+def is_met(figure: float, target: str) -> bool:
+    """Return whether a figure is within a target such as ``"<= 0.1"``."""
+    relation, limit = target.split()
+    return RELATIONS[relation](figure, float(limit))
 
 
 def _read(out: Path | None) -> list[Row]:

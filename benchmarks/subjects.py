@@ -30,6 +30,9 @@ class Subject:
     Attributes:
         key: Where the state dict is in the file.
         stamp: Return a triggered copy of images; None for a model without a backdoor.
+        all_to_all: The attack sends every class to the next one; there is no one target.
+        held_out: How many images at the end of the file were not trained on; samples and
+            measurements come from these. 0 where nothing is known: then from all.
     """
 
     file: str
@@ -39,6 +42,12 @@ class Subject:
     classes: int
     target: int | None
     stamp: Callable[[Pixels, Path], Pixels] | None
+    all_to_all: bool = False
+    held_out: int = 0
+
+    def targets(self, labels: Tensor) -> Tensor | int | None:
+        """Return where the attack sends images of these classes; None without an attack."""
+        return (labels + 1) % self.classes if self.all_to_all else self.target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +155,7 @@ def draw(
 
     A class never gives more than half of its images away.
     """
-    images, labels = load_images(data / subject.images)
+    images, labels = (found[-subject.held_out :] for found in load_images(data / subject.images))
     rng = np.random.default_rng(seed)
     drawn = []
     for cls in range(subject.classes):
@@ -174,9 +183,10 @@ def compare(subject: Subject, samples: Draw, before: nn.Module, after: nn.Module
         found = metrics.predict(model, samples.rest)
         row[f"acc_{moment}"] = metrics.accuracy(found, samples.rest_labels)
         row[f"asr_{moment}"] = row[f"ra_{moment}"] = None
-        if subject.target is not None and samples.triggered is not None:
+        target = subject.targets(samples.rest_labels)
+        if target is not None and samples.triggered is not None:
             found = metrics.predict(model, samples.triggered)
-            answered = (found, samples.rest_labels, subject.target)
+            answered = (found, samples.rest_labels, target)
             row[f"asr_{moment}"] = metrics.attack_success_rate(*answered)
             row[f"ra_{moment}"] = metrics.robust_accuracy(*answered)
     row["fidelity"] = metrics.fidelity(
