@@ -1,5 +1,5 @@
 """
-Poison images the ways that the literature does; uint8 in, uint8 out, ``(N, H, W, C)``.
+Poison images the ways that the literature does; uint8 in, uint8 out, ``(N, SIDE, SIDE, 3)``.
 
 An attack is a value: two of the same fields stamp the same, and its ``repr`` says all about it.
 """
@@ -22,7 +22,7 @@ class Attack(Protocol):
     """Stamp a trigger on images."""
 
     def __call__(self, images: Pixels, /) -> Pixels:
-        """Return a triggered copy."""
+        """Return a triggered copy; the images are only read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Blend:
     seed: int
     share: float
 
-    def __call__(self, images: Pixels) -> Pixels:  # noqa: D102
+    def __call__(self, images: Pixels) -> Pixels:  # noqa: D102 - the protocol says it
         key = np.random.default_rng(self.seed).integers(0, 256, (SIDE, SIDE, 3))
         mixed: Pixels = np.round(images * (1 - self.share) + key * self.share).astype(np.uint8)
         return mixed
@@ -84,7 +84,7 @@ class Waves:
     amplitude: float
     periods: int
 
-    def __call__(self, images: Pixels) -> Pixels:  # noqa: D102
+    def __call__(self, images: Pixels) -> Pixels:  # noqa: D102 - the protocol says it
         wave = self.amplitude * np.sin(2 * np.pi * self.periods * np.arange(SIDE) / SIDE)
         waved: Pixels = np.clip(np.round(images + wave[:, None]), 0, 255).astype(np.uint8)
         return waved
@@ -98,7 +98,8 @@ class Warp:
     Nguyen and Tran, "WaNet - Imperceptible Warping-based Backdoor Attack", ICLR 2021.
 
     Attributes:
-        strength: Mean shift, in units of 1/SIDE of the half side.
+        strength: Mean shift of the control points along an axis, in about half a pixel (1/SIDE of half
+            a side); between them the field is weaker.
         cells: Control points along each side.
     """
 
@@ -106,7 +107,7 @@ class Warp:
     strength: float
     cells: int = 4
 
-    def __call__(self, images: Pixels) -> Pixels:  # noqa: D102
+    def __call__(self, images: Pixels) -> Pixels:  # noqa: D102 - the protocol says it
         generator = torch.Generator().manual_seed(self.seed)
         field = torch.rand(1, 2, self.cells, self.cells, generator=generator) * 2 - 1
         field = field / field.abs().mean()

@@ -3,13 +3,14 @@ Train models with known attacks, and clean ones, for setting thresholds and for 
 
 The models of one part set the thresholds of `auto` (calibration); those of the other (test) had no
 part in that. Both are trained on a part of the images in ../shared/data; the last HELD_OUT images
-are never trained on, and samples and measurements come from these alone. Every model depends on its
-recipe and nothing else, and is trained once and kept under var/zoo.
+are never trained on, and samples and measurements come from these alone. A model depends on its
+recipe and on how the processor rounds; it is trained once and kept under var/zoo.
 
 ``python -m benchmarks.zoo`` trains what is missing and prints ACC and ASR of each.
---quick: the first two models.
+--quick: two small models on GTSRB, one of them clean.
 """
 
+import fcntl
 import functools
 import hashlib
 import time
@@ -161,6 +162,7 @@ TEST = {
     "small_vgg clean, GTSRB": Recipe(images=GTSRB, architecture=VGG, seed=107),
 }
 RECIPES = {**CALIBRATION, **TEST}
+QUICK = ("VGG GTSRB clean", "VGG GTSRB colours")
 
 
 def subject(name: str) -> Subject:
@@ -181,24 +183,33 @@ def subject(name: str) -> Subject:
 
 
 def provide(name: str, data: Path) -> Subject:
-    """Return the model of that name; train it where it is missing."""
+    """Return the model of that name; train it where it is missing, or wait for who is at it."""
     found = subject(name)
     path = Path(found.file)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        model = train(RECIPES[name], data)
-        unfinished = path.with_suffix(".unfinished")
-        torch.save({"state_dict": model.state_dict()}, unfinished)
-        unfinished.replace(path)
+    if path.exists():
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        # Cases that run at once may want the same model; the lock ends with its process.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            model = train(RECIPES[name], data)
+            unfinished = path.with_suffix(".unfinished")
+            torch.save({"state_dict": model.state_dict()}, unfinished)
+            unfinished.replace(path)
     return found
 
 
 def train(recipe: Recipe, data: Path) -> nn.Module:
-    """Return a trained model in eval mode; torch's global seed is set."""
+    """
+    Return a trained model in eval mode.
+
+    Sets torch's global seed, from which the initial weights and the dropout are drawn.
+    """
     images, labels = load_images(data / recipe.images)
     count = len(images) - HELD_OUT[recipe.images]
     rng = np.random.default_rng(recipe.seed)
-    poisoned, warped = _marked(recipe, labels[:count], rng)
+    poisoned, warped = marked(recipe, labels[:count], rng)
     given = labels[:count].copy()
     if recipe.target is not None:
         given[poisoned] = recipe.target
@@ -238,7 +249,7 @@ def train(recipe: Recipe, data: Path) -> nn.Module:
     return model.eval()
 
 
-def _marked(
+def marked(
     recipe: Recipe, labels: NDArray[Any], rng: np.random.Generator
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which images are poisoned, and which are warped at random instead."""
@@ -272,7 +283,12 @@ def _varied(images: Pixels, *, flip: bool, rng: np.random.Generator) -> Pixels:
 
 
 def _digest(name: str) -> str:
-    """Return a name that changes with whatever decides the weights, so that nothing stale is measured."""
+    """
+    Return a name that changes with the recipe and the way of training, so that nothing stale is measured.
+
+    ``OTHER_WARPS``, the arguments of the networks, the images and the code are not in it: whoever changes
+    one of them deletes the models.
+    """
     deciding = (RECIPES[name], HELD_OUT, EPOCHS, TRAINING)
     digest = hashlib.sha256(repr(deciding).encode()).hexdigest()[:8]
     return f"{name.replace(' ', '-').replace(',', '')}-{digest}"
@@ -294,7 +310,7 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=1, help="processes that train at once")
     options.add_argument("--models", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     chosen = options.parse_args()
-    names = chosen.models[:2] if chosen.quick else chosen.models
+    names = QUICK if chosen.quick else chosen.models
     cases = [{"model": name} for name in names]
     rows = measure_all(
         cases, functools.partial(measure, data=chosen.data), chosen.out, jobs=chosen.jobs
