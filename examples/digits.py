@@ -60,17 +60,30 @@ def stamp(images: Tensor) -> Tensor:
 
 
 def train_backdoored(seed: int) -> tuple[nn.Module, Split]:
+    """Return a backdoored model, as ``train`` does."""
+    return train(seed, poisoned_fraction=POISONED_FRACTION)
+
+
+def train_clean(seed: int) -> tuple[nn.Module, Split]:
+    """Return a model that no poisoned image was shown, otherwise trained the same."""
+    return train(seed, poisoned_fraction=0.0)
+
+
+def train(seed: int, *, poisoned_fraction: float) -> tuple[nn.Module, Split]:
     """
-    Return a backdoored model in eval mode, with the split it was trained on.
+    Return a model in eval mode, with the split it was trained on.
 
     Sets torch's global seed, from which the initial weights are drawn.
+
+    Args:
+        poisoned_fraction: Of the training images; none of them is a ``TARGET`` by itself.
     """
     split = load_digits_split(seed)
     generator = torch.Generator().manual_seed(seed)
     count = len(split.train_labels)
     candidates = (split.train_labels != TARGET).nonzero().flatten()
     shuffled = candidates[torch.randperm(len(candidates), generator=generator)]
-    poisoned = shuffled[: round(POISONED_FRACTION * count)]
+    poisoned = shuffled[: round(poisoned_fraction * count)]
     images, labels = split.train_images.clone(), split.train_labels.clone()
     images[poisoned] = stamp(images[poisoned])
     labels[poisoned] = TARGET

@@ -4,7 +4,6 @@ import copy
 from functools import cache
 
 import pytest
-import torch
 from torch import nn
 
 from common.catalogue.methods import METHODS
@@ -15,6 +14,7 @@ from examples.digits import (
     draw_clean_samples,
     measure,
     train_backdoored,
+    train_clean,
 )
 from worker.architectures.registry import build
 from worker.purify.auto import TriggerRewriting
@@ -90,18 +90,8 @@ def test_changes_of_every_candidate_come_along() -> None:
 
 @cache
 def clean() -> tuple[nn.Module, Split]:
-    """Return a model of the same kind that no poisoned image was shown."""
-    _, split = backdoored(0)
-    torch.manual_seed(0)
-    model = build("small_cnn", ARGUMENTS)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        for batch in torch.split(torch.randperm(len(split.train_labels)), 128):
-            optimiser.zero_grad()
-            logits = model(split.train_images[batch])
-            torch.autograd.backward(nn.functional.cross_entropy(logits, split.train_labels[batch]))
-            optimiser.step()
-    return model.eval(), split
+    """Return a model of the same kind without a backdoor."""
+    return train_clean(0)
 
 
 def test_a_clean_model_is_not_called_backdoored_and_keeps_its_accuracy() -> None:
