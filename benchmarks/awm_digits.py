@@ -6,14 +6,10 @@ test images that were not drawn. The preset was chosen on the seeds 0 to 13; 14 
 ``--quick`` takes the seeds 0 and 10.
 """
 
-import time
 from statistics import mean
 
 from benchmarks.harness import Row, conclude, measure_all, parse
-from common.catalogue.methods import METHODS
-from examples.digits import ARGUMENTS, draw_clean_samples, measure, train_backdoored
-from worker.architectures.registry import build
-from worker.methods import METHODS as WORKER_METHODS
+from benchmarks.trials import digits_trial, run
 
 SEEDS = range(22)
 QUICK_SEEDS = (0, 10)
@@ -23,32 +19,8 @@ TARGETS = {"asr_before_min": 0.9, "asr_after_max": 0.1, "acc_drop_max": 0.05}
 
 def purify_once(case: Row, *, name: str = "awm", per_class: int = SAMPLES_PER_CLASS) -> Row:
     """Train, purify and measure with one seed for everything; rates are fractions."""
-    seed = case["seed"]
-    model, split = train_backdoored(seed)
-    images, labels, rest = draw_clean_samples(split, per_class, seed)
-    method = METHODS[name]
-    channels, height, width = images.shape[1:]
-    params = method.resolve(
-        method.parameters(),
-        count=len(labels),
-        classes=ARGUMENTS.classes,
-        image_shape=(channels, height, width),
-    )
-    started = time.perf_counter()
-    changes = WORKER_METHODS[name](**params.model_dump()).purify(model, images, labels, seed=seed)
-    seconds = time.perf_counter() - started
-    purified = build("small_cnn", ARGUMENTS)
-    purified.load_state_dict(changes.apply(model.state_dict()))
-    acc_before, asr_before = measure(model, rest)
-    acc_after, asr_after = measure(purified.eval(), rest)
-    return {
-        "acc_before": acc_before,
-        "asr_before": asr_before,
-        "acc_after": acc_after,
-        "asr_after": asr_after,
-        "seconds": round(seconds, 2),
-        **({} if changes.verdict is None else {"verdict": str(changes.verdict)}),
-    }
+    _, row = run(digits_trial(case["seed"], per_class=per_class), name, seed=case["seed"])
+    return row
 
 
 def is_within_targets(row: Row) -> bool:

@@ -15,9 +15,7 @@ method whose runs are not all there yet is marked: its means are over other chec
 """
 
 import functools
-import json
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +23,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import zoo
-from benchmarks.harness import Row, conclude_by, measure_all, parser
+from benchmarks.harness import Row, conclude_by, markdown, measure_all, or_none, parser, recorded
 from benchmarks.subjects import SUBJECTS, Subject, compare, draw, load_model
-from common.catalogue.methods import METHODS as CATALOGUE
-from worker.methods import METHODS
+from benchmarks.trials import purify
 from worker.purify.evidence import Verdict
 
 RESULTS = Path(__file__).parent / "results" / "erase.jsonl"
@@ -60,19 +57,14 @@ def measure(case: Row, *, data: Path, device: str) -> Row:
     attacked = subject(case["checkpoint"], data)
     samples = draw(attacked, data, per_class=case["per_class"], seed=case["seed"])
     model = load_model(attacked, data).to(device)
-    method = CATALOGUE[case["method"]]
-    channels, height, width = samples.images.shape[1:]
-    params = method.resolve(
-        method.parameters(),
-        count=len(samples.images),
+    purified, seconds = purify(
+        case["method"],
+        model,
+        samples.images,
+        samples.labels,
         classes=attacked.classes,
-        image_shape=(channels, height, width),
+        seed=case["seed"],
     )
-    started = time.perf_counter()
-    purified = METHODS[case["method"]](**params.model_dump()).purify(
-        model, samples.images, samples.labels, seed=case["seed"]
-    )
-    seconds = time.perf_counter() - started
     after = load_model(attacked, data).to(device)
     after.load_state_dict(purified.apply(model.state_dict()))
 
@@ -113,7 +105,7 @@ def _summary(
         "RA after, mean %",
         "seconds, median",
     )
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for method in methods:
         own = [row for row in rows if row["method"] == method]
         attacked = _attacked(own)
@@ -129,8 +121,8 @@ def _summary(
             ]
         runs = len(names) * count
         missing = f" ({len(own)} of {runs} runs)" if 0 < len(own) < runs else ""
-        lines.append(f"| `{method}`{missing} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"`{method}`{missing}", *cells])
+    return markdown(head, lines)
 
 
 def _spread(rows: Sequence[Row], names: Sequence[str], figure: Callable[[Row], float]) -> str:
@@ -143,15 +135,12 @@ def _spread(rows: Sequence[Row], names: Sequence[str], figure: Callable[[Row], f
 
 
 def _by_checkpoint(rows: Sequence[Row], names: Sequence[str], methods: Sequence[str]) -> str:
-    lines = [
-        "| ACC / ASR % | before | " + " | ".join(f"`{method}`" for method in methods) + " |",
-        "|---" * (2 + len(methods)) + "|",
-    ]
+    lines = []
     for name in names:
         own = [row for row in rows if row["checkpoint"] == name]
         cells = [_after([row for row in own if row["method"] == method]) for method in methods]
-        lines.append(f"| {name} | {_cell(own, 'before')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([name, _cell(own, "before"), *cells])
+    return markdown(["ACC / ASR %", "before", *(f"`{method}`" for method in methods)], lines)
 
 
 def _after(rows: Sequence[Row]) -> str:
@@ -183,17 +172,17 @@ def figures(rows: Sequence[Row]) -> dict[str, float | None]:
     called_clean = [row["verdict"] == Verdict.CLEAN for row in attacked if "verdict" in row]
     return {
         **{
-            f"{method}_fidelity_mean": _or_none(
+            f"{method}_fidelity_mean": or_none(
                 statistics.mean,
                 [row["fidelity"] for row in _attacked(one_shot) if row["method"] == method],
             )
             for method in COLUMNS
         },
-        "auto_asr_after_max": _or_none(max, [row["asr_after"] for row in attacked]),
-        "auto_acc_lost_mean": _or_none(statistics.mean, [_lost(row) for row in auto]),
-        "auto_clean_acc_lost_max": _or_none(max, [_lost(row) for row in clean]),
-        "auto_clean_called_backdoored": _or_none(sum, called_backdoored),
-        "auto_backdoored_called_clean_share": _or_none(statistics.mean, called_clean),
+        "auto_asr_after_max": or_none(max, [row["asr_after"] for row in attacked]),
+        "auto_acc_lost_mean": or_none(statistics.mean, [_lost(row) for row in auto]),
+        "auto_clean_acc_lost_max": or_none(max, [_lost(row) for row in clean]),
+        "auto_clean_called_backdoored": or_none(sum, called_backdoored),
+        "auto_backdoored_called_clean_share": or_none(statistics.mean, called_clean),
     }
 
 
@@ -204,13 +193,6 @@ def _attacked(rows: Sequence[Row]) -> list[Row]:
 def _lost(row: Row) -> float:
     lost: float = row["acc_before"] - row["acc_after"]
     return lost
-
-
-def _or_none(
-    aggregate: Callable[[Sequence[float]], float], values: Sequence[float]
-) -> float | None:
-    """Return the aggregate; None of nothing."""
-    return aggregate(values) if values else None
 
 
 def main() -> None:
@@ -224,8 +206,7 @@ def main() -> None:
     options.add_argument("--table", action="store_true")
     chosen = options.parse_args()
     if chosen.table:
-        lines = (chosen.out or RESULTS).read_text().splitlines()
-        print(tables([row for row in map(json.loads, lines) if "method" in row]), end="")
+        print(tables(recorded(chosen.out or RESULTS)), end="")
         return
     cases = [
         {"method": method, "checkpoint": checkpoint, "per_class": per_class, "seed": seed}

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from multiprocessing import get_context
@@ -135,6 +135,22 @@ class _Bar:
             seconds = (time.monotonic() - self._started) / measured * (self._total - self._done)
             eta = f", {seconds / 60:.1f} min to go"
         print(f"[{bar}] {self._done} of {self._total}{eta}", file=sys.stderr, flush=True)
+
+
+def recorded(out: Path | None) -> list[Row]:
+    """Return what was measured so far."""
+    return [row for row in _read(out) if "cpu" not in row]
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table."""
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
+    return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])
+
+
+def or_none(aggregate: Callable[[Sequence[float]], float], values: Sequence[float]) -> float | None:
+    """Return the aggregate; None of nothing."""
+    return aggregate(values) if values else None
 
 
 def conclude(

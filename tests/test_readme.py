@@ -1,12 +1,12 @@
 """The README says what is there."""
 
-import json
 import re
 import subprocess
 
 import pytest
 
 from benchmarks import erase
+from benchmarks.harness import recorded
 from common.settings import Settings
 from tests.support.stack import REPOSITORY
 
@@ -35,10 +35,8 @@ def test_every_module_is_in_the_tree() -> None:
 
 def test_erase_tables_are_the_recorded_results() -> None:
     """The tables of what the methods erase are what the benchmark renders of its recorded rows."""
-    lines = erase.RESULTS.read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "method" in row]
     shown = README.split("<!-- erase -->\n")[1].split("<!-- /erase -->")[0]
-    assert shown.strip() == erase.tables(rows).strip()
+    assert shown.strip() == erase.tables(recorded(erase.RESULTS)).strip()
 
 
 @pytest.mark.parametrize("target", ["help", "demo", "run", "test", "check", "migrate", "bench"])

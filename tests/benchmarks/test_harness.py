@@ -1,10 +1,12 @@
 """Law: a conclusion is about what was measured."""
 
 import json
+import statistics
+from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import conclude_by, is_met
+from benchmarks.harness import conclude_by, is_met, markdown, measure_all, or_none, recorded
 
 TARGETS = {"fidelity": ">= 0.95", "asr": "<= 0.1"}
 
@@ -44,3 +46,28 @@ def test_what_was_not_measured_is_named_and_decides_nothing(
     assert line["figures"] == {"fidelity": 0.96, "asr": None}
     assert line["unmeasured"] == ["asr"]
     assert line["met"] is True
+
+
+def test_what_is_recorded_is_what_was_measured(tmp_path: Path) -> None:
+    """Without the lines that say on which machine, and nothing where there is no file."""
+    out = tmp_path / "rows.jsonl"
+    rows = measure_all([{"seed": 1}, {"seed": 2}], lambda case: {"asr": case["seed"] / 10}, out)
+    assert recorded(out) == rows
+    assert len(out.read_text().splitlines()) == 3
+    assert recorded(tmp_path / "other.jsonl") == []
+
+
+def test_a_table_has_a_line_for_its_head_and_one_for_each_row() -> None:
+    """Between the two stands the line that makes it one."""
+    assert markdown(["a", "b"], [["1", ""], ["2", "3"]]).splitlines() == [
+        "| a | b |",
+        "|---|---|",
+        "| 1 |  |",
+        "| 2 | 3 |",
+    ]
+
+
+def test_an_aggregate_of_nothing_is_none() -> None:
+    """Never 0."""
+    assert or_none(statistics.mean, [1, 2]) == 1.5
+    assert or_none(sum, []) is None

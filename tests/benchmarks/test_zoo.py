@@ -12,46 +12,13 @@ import torch
 from torch import nn
 
 from benchmarks import zoo
-from benchmarks.attacks import SIDE, Blend, Patch, Warp, Waves, checkers
+from benchmarks.attacks import Blend, Patch, Warp, Waves, checkers
 from benchmarks.subjects import CIFAR, GTSRB, compare, draw, load_model
+from tests.support.zoo_images import BRIGHT, write_images
 
-TRAINED_ON, HELD_OUT = 150, 60
-DARK, BRIGHT = (
-    100,
-    200,
-)  # images to train on are darker than the one, held-out ones brighter than the other
 RECIPE = zoo.Recipe(
     images=CIFAR, architecture=zoo.VGG, seed=1, target=3, stamp=Warp(seed=1, strength=0.75)
 )
-
-
-def write_images(folder: Path, *, seed_of_held_out: int = 0) -> None:
-    """Write small files of the names that the zoo knows, with every class among the held-out images."""
-    folder.mkdir(exist_ok=True)
-    for name, classes in zoo.CLASSES.items():
-        held_out = max(HELD_OUT, 2 * classes)
-        count = TRAINED_ON + held_out
-        shape = (SIDE, SIDE, 3)
-        images = np.concatenate(
-            [
-                np.random.default_rng(9).integers(0, DARK, (TRAINED_ON, *shape), np.uint8),
-                np.random.default_rng(seed_of_held_out).integers(
-                    BRIGHT, 256, (held_out, *shape), np.uint8
-                ),
-            ]
-        )
-        np.savez(folder / name, images=images, labels=np.arange(count) % classes)
-
-
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder of small files, of which models are trained for an epoch, and kept in no other."""
-    for name, classes in zoo.CLASSES.items():
-        monkeypatch.setitem(zoo.HELD_OUT, name, max(HELD_OUT, 2 * classes))
-        monkeypatch.setitem(zoo.EPOCHS, name, 1)
-    monkeypatch.setattr(zoo, "FOLDER", tmp_path / "zoo")
-    write_images(tmp_path / "data")
-    return tmp_path / "data"
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:

@@ -1,0 +1,159 @@
+"""
+Measure how often the verdict of `auto` is right, with its preset and one clean image per class.
+
+In two parts. On the models of the calibration part thresholds may be set; those of the test part had no
+part in that. Each has models of `benchmarks.zoo`, for which samples are drawn twice, and backdoored and
+clean digits, each with a seed of its own for training and samples. No step sees what is measured here.
+
+--quick: four cases, a backdoored and a clean model of digits of each part.
+--table: print the Markdown tables of what --out holds, and measure nothing.
+"""
+
+import functools
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from benchmarks import zoo
+from benchmarks.harness import Row, conclude_by, markdown, measure_all, or_none, parser, recorded
+from benchmarks.subjects import CIFAR, GTSRB
+from benchmarks.trials import DIGITS, run, trial, truth
+from worker.purify.evidence import Verdict
+
+RESULTS = Path(__file__).parent / "results" / "auto_verdicts.jsonl"
+DRAWS = (0, 1)
+DIGITS_SEEDS = {"calibration": range(30, 52), "test": range(60, 72)}
+MODELS = {"calibration": zoo.CALIBRATION, "test": zoo.TEST}
+DATA = {None: "digits", CIFAR: "CIFAR", GTSRB: "GTSRB"}
+TARGETS = {
+    "test_clean_called_backdoored": "<= 0",
+    "test_backdoored_called_clean_share": "<= 0.1",
+}
+
+
+def cases(part: str) -> list[Row]:
+    """Return what is to be measured of one part; digits first, since they take seconds."""
+    digits = [(model, seed) for seed in DIGITS_SEEDS[part] for model in DIGITS]
+    trained = [(model, seed) for model in MODELS[part] for seed in DRAWS]
+    return [{"part": part, "model": model, "seed": seed} for model, seed in (*digits, *trained)]
+
+
+def data_of(model: str) -> str:
+    """Return what a model classifies."""
+    return DATA[None if model in DIGITS else zoo.RECIPES[model].images]
+
+
+def measure(case: Row, *, data: Path, **given: object) -> Row:
+    """
+    Purify once; say what was found, and what it did.
+
+    Args:
+        given: Parameters of `auto` to set otherwise than the preset.
+    """
+    tried = trial(case["model"], case["seed"], data)
+    purified, row = run(tried, "auto", seed=case["seed"], **given)
+    top, index = most_suspicious(purified.findings)
+    return {
+        "truth": str(truth(case["model"])),
+        "top_class": top,
+        "top_index": index,
+        # An attack that sends every class to the next one has no one target to be found.
+        "top_is_target": None if tried.target is None else top == tried.target,
+        **row,
+    }
+
+
+def most_suspicious(findings: Mapping[str, object]) -> tuple[int, float]:
+    """Return the class that stands out most, and its anomaly index."""
+    classes = cast("list[Mapping[str, Any]]", findings["classes"])
+    top = max(classes, key=lambda entry: entry["anomaly_index"])
+    return top["class"], top["anomaly_index"]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Return the confusion matrices as Markdown; what was not measured stays empty."""
+    return "\n\n".join(f"**{part} part**\n\n{_matrix(rows, part)}" for part in MODELS) + "\n"
+
+
+def _matrix(rows: Sequence[Row], part: str) -> str:
+    lines = []
+    for data in DATA.values():
+        for verdict in (Verdict.CLEAN, Verdict.BACKDOORED):
+            wanted = [
+                case
+                for case in cases(part)
+                if data_of(case["model"]) == data and truth(case["model"]) is verdict
+            ]
+            own = [row for row in rows if any(case.items() <= row.items() for case in wanted)]
+            if wanted:
+                runs = f"{len(own)} of {len(wanted)}"
+                lines.append([data, str(verdict), runs, *_counted(own)])
+    head = (
+        "data",
+        "truth",
+        "runs",
+        *(f"called {verdict}" for verdict in Verdict),
+        "target on top",
+        "highest anomaly index, least / median / most",
+    )
+    return markdown(head, lines)
+
+
+def _counted(rows: Sequence[Row]) -> list[str]:
+    """Return the cells of one line: verdicts, targets that were found, anomaly indices."""
+    if not rows:
+        return [""] * (len(Verdict) + 2)
+    named = [row["top_is_target"] for row in rows if row["top_is_target"] is not None]
+    indices = [row["top_index"] for row in rows]
+    return [
+        *(str(sum(row["verdict"] == verdict for row in rows)) for verdict in Verdict),
+        f"{sum(named)} of {len(named)}" if named else "–",
+        f"{min(indices):.1f} / {statistics.median(indices):.1f} / {max(indices):.1f}",
+    ]
+
+
+def figures(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Return the errors of each part; None stands for what no row measured."""
+    found: dict[str, float | None] = {}
+    for part in MODELS:
+        own = [row for row in rows if row["part"] == part]
+        clean = [row for row in own if row["truth"] == Verdict.CLEAN]
+        guilty = [row for row in own if row["truth"] == Verdict.BACKDOORED]
+        found |= {
+            f"{part}_clean_called_backdoored": or_none(
+                sum, [row["verdict"] == Verdict.BACKDOORED for row in clean]
+            ),
+            f"{part}_backdoored_called_clean_share": or_none(
+                statistics.mean, [row["verdict"] == Verdict.CLEAN for row in guilty]
+            ),
+            f"{part}_inconclusive_share": or_none(
+                statistics.mean, [row["verdict"] == Verdict.INCONCLUSIVE for row in own]
+            ),
+        }
+    return found
+
+
+def main() -> None:
+    """Measure every case and conclude."""
+    options = parser(__doc__)
+    options.add_argument("--jobs", type=int, default=1, help="processes that measure at once")
+    options.add_argument("--parts", nargs="+", default=list(MODELS), choices=list(MODELS))
+    options.add_argument("--table", action="store_true")
+    chosen = options.parse_args()
+    if chosen.table:
+        print(tables(recorded(chosen.out or RESULTS)), end="")
+        return
+    wanted = [
+        case
+        for part in chosen.parts
+        for case in (cases(part)[: len(DIGITS)] if chosen.quick else cases(part))
+    ]
+    rows = measure_all(
+        wanted, functools.partial(measure, data=chosen.data), chosen.out, jobs=chosen.jobs
+    )
+    conclude_by("auto_verdicts", figures=figures(rows), targets=TARGETS)
+
+
+if __name__ == "__main__":
+    main()
