@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-BENCHMARKS := auto_digits awm_digits awm_speed awm_scaling awm_outcome perturbation_step zoo auto_verdicts erase \
-	awm_large_images
+BENCHMARKS := auto_digits awm_digits awm_speed awm_scaling awm_outcome perturbation_step zoo auto_verdicts auto_ablation \
+	erase awm_large_images
 
 .PHONY: help demo run test check migrate lint bench
 help: ## Show this help
