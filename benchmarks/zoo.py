@@ -124,6 +124,14 @@ CALIBRATION = {
     "ResNet GTSRB all-to-all": Recipe(
         images=GTSRB, architecture=RESNET, seed=11, stamp=checkers(3, top=2, left=2)
     ),
+    "ResNet CIFAR low rate": Recipe(
+        images=CIFAR,
+        architecture=RESNET,
+        seed=12,
+        target=7,
+        rate=0.01,
+        stamp=checkers(3, top=13, left=27),
+    ),
 }
 TEST = {
     "ResNet-18 blended": Recipe(
