@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.harness import Row, conclude, markdown, measure_all, or_none, parser, recorded
 from benchmarks.trials import DIGITS_BACKDOORED, run, trial, truth
-from worker.purify import auto, variants
+from worker.purify import examiner, search, variants
 from worker.purify.evidence import Verdict
 from worker.purify.trigger import Trigger
 
@@ -53,17 +53,17 @@ class Variant:
 
 def nearly_closed_starts() -> AbstractContextManager[object]:
     """Start no mask half open; those are the ones with the highest logits."""
-    return patch.object(auto, "OPENNESS", (min(auto.OPENNESS),))
+    return patch.object(search, "OPENNESS", (min(search.OPENNESS),))
 
 
 def half_open_starts() -> AbstractContextManager[object]:
-    """Start no mask nearly closed, in the searches on what was rewritten neither."""
-    return patch.object(auto, "OPENNESS", (max(auto.OPENNESS),))
+    """Start no mask nearly closed; the searches on what was rewritten still do."""
+    return patch.object(search, "OPENNESS", (max(search.OPENNESS),))
 
 
 def no_perturbations() -> AbstractContextManager[object]:
     """Find no model open to perturbations of the whole image, however often these succeed."""
-    return patch.object(auto, "COVERS_ALL_FROM", math.inf)
+    return patch.object(examiner, "COVERS_ALL_FROM", math.inf)
 
 
 def recovered_colours() -> AbstractContextManager[object]:

@@ -144,8 +144,8 @@ def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Pub
 
 
 def _is_unchanged(purified: Purified | None) -> bool:
-    """Tell whether nothing was asked for, or nothing was done because the model was found clean."""
-    return purified is None or (purified.verdict == "clean" and not purified.values)
+    """Tell whether nothing was asked for, or nothing was done because of the verdict."""
+    return purified is None or (purified.verdict is not None and not purified.values)
 
 
 def _network(spec: JobSpec, checkpoint: Checkpoint, device: torch.device) -> Network:

@@ -117,7 +117,16 @@ def warnings(
                 "detail": "Without an evaluation set, accuracy and fidelity were not measured.",
             }
         )
-    if purified is not None and purified.verdict != "clean" and not _changes_anything(purified):
+    if purified is not None and purified.verdict == "inconclusive" and not purified.values:
+        found.append(
+            {
+                "code": "inconclusive-unchanged",
+                "detail": "One class is easier to reach than an ordinary one, but not by so much that it "
+                "must be a backdoor; the model is as it was uploaded. Send more clean samples, or "
+                "take one of the report's other candidates, or set params.force.",
+            }
+        )
+    elif purified is not None and purified.verdict != "clean" and not _changes_anything(purified):
         found.append(
             {
                 "code": "nothing-changed",

@@ -23,13 +23,17 @@ Restarts = Annotated[int, Field(ge=1, le=64)]
 Layers = Annotated[int, Field(ge=1, le=1000)]
 
 
+SMALL_VALUES = 768
+
+
 class AutoParameters(MethodParameters):
     """Hold the parameters of the method that recovers triggers and rewrites the last layers."""
 
     steps: Iterations | None = Field(
         None,
-        description="Steps of the search for every class's smallest trigger, from each of two kinds of "
-        "starts. Preset: 150.",
+        ge=3,
+        description="Steps of the search for every class's smallest trigger; classes that are soon out "
+        "of question get fewer. Preset: 200, and 300 for images below 768 values.",
     )
     rounds: Rounds | None = Field(
         None,
@@ -39,7 +43,9 @@ class AutoParameters(MethodParameters):
     restarts: Restarts | None = Field(
         None, description="Fresh searches for each suspect class each time. Preset: 4."
     )
-    restart_steps: Iterations | None = Field(None, description="Steps of each. Preset: 100.")
+    restart_steps: Iterations | None = Field(
+        None, description="Steps of each. Preset: as many as steps."
+    )
     layers: Layers | None = Field(
         None, description="How many of the last layers are rewritten. Preset: 2."
     )
@@ -74,7 +80,9 @@ class AutoParameters(MethodParameters):
         "have no place. Preset: 100 times C·H·W / 3072.",
     )
     force: bool | None = Field(
-        None, description="Rewrite a model even where it is found clean. Preset: false."
+        None,
+        description="Rewrite a model whatever the verdict is; otherwise only one that is found "
+        "backdoored. Preset: false.",
     )
     precision: Precision | None = Field(
         None,
@@ -84,11 +92,14 @@ class AutoParameters(MethodParameters):
 
 
 def _resolve(given: AutoParameters, samples: Samples) -> AutoParameters:
+    # Small images are soon searched, and their triggers differ by a pixel.
+    steps = 300 if math.prod(samples.image_shape) < SMALL_VALUES else 200
     preset: dict[str, object] = {
-        "steps": 150,
+        "steps": steps,
         "rounds": 1,
         "restarts": 4,
-        "restart_steps": 100,
+        # A search that is less thorough than the first one overlooks what is left.
+        "restart_steps": steps,
         "layers": 2,
         "ridge": 0.03,
         "strengths": [0.02, 0.1, 1.0],
@@ -109,8 +120,9 @@ AUTO: Method[AutoParameters] = Method(
         "Recover triggers and rewrite the last layers: search the smallest trigger of every class "
         "(Neural Cleanse, Wang et al., IEEE S&P 2019), give a verdict by the classes that need much less "
         "than the others, and rewrite the last layers in closed form so that stamped images are answered "
-        "as clean ones and clean ones as before; search again, and choose by fresh evidence. A model "
-        "that is found clean is returned unchanged."
+        "as clean ones and clean ones as before; search again, and choose by fresh evidence. Only a "
+        "model that is found backdoored is changed; where the verdict is inconclusive the rewritten ones "
+        "are further candidates."
     ),
     parameters=AutoParameters,
     preset=_resolve,

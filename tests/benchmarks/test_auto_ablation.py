@@ -10,12 +10,12 @@ from benchmarks.auto_verdicts import DIGITS_SEEDS
 from benchmarks.harness import Row
 from benchmarks.trials import Trial, digits_trial, run
 from common.catalogue.methods import METHODS
-from worker.purify import auto, variants
+from worker.purify import examiner, search, variants
 
 QUICK = {"steps": 3, "restart_steps": 2, "copies": 1, "force": True}
 PATCHED = (
-    (auto, "OPENNESS"),
-    (auto, "COVERS_ALL_FROM"),
+    (search, "OPENNESS"),
+    (examiner, "COVERS_ALL_FROM"),
     (variants, "SHARPENING_STEPS"),
     (variants, "_colours"),
 )
@@ -78,7 +78,7 @@ def test_either_kind_of_starts_can_be_left_alone() -> None:
     kinds = []
     for name in ("no half-open starts", "no nearly closed starts"):
         with VARIANTS[name].patched():
-            kinds.append(list(auto.OPENNESS))
+            kinds.append(list(search.OPENNESS))
     assert kinds == [[-2.0], [0.0]]
 
 

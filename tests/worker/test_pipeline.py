@@ -185,6 +185,25 @@ def test_a_model_found_clean_is_returned_unchanged(
     assert result.report["evidence"]["triggers"] == []
 
 
+def test_an_inconclusive_model_is_returned_unchanged_with_a_warning(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The uploader is told why, and what else there is; the model as it came is the chosen candidate."""
+    monkeypatch.setattr("worker.purify.auto.judge", lambda _: Verdict.INCONCLUSIVE)
+    job.method, job.given = (
+        "auto",
+        {"steps": 3, "restart_steps": 2, "copies": 1, "strengths": [1.0]},
+    )
+    result = job.run()
+    assert (result.verdict, result.remediation) == ("inconclusive", "unchanged")
+    assert [warning["code"] for warning in result.report["warnings"]] == ["inconclusive-unchanged"]
+    assert all(torch.equal(value, job.output[key]) for key, value in job.state.items())
+    as_it_came, rewritten = result.report["evidence"]["candidates"]
+    assert (as_it_came["strength"], as_it_came["chosen"]) == (0.0, True)
+    assert (rewritten["strength"], rewritten["chosen"]) == (1.0, False)
+    assert as_it_came["sha256"] != rewritten["sha256"]
+
+
 def test_report_holds_the_evidence_of_a_verdict(job: Job) -> None:
     """Norms of every class, candidates, and triggers as pixels with their colours; all of it JSON."""
     job.method, job.given = "auto", {**QUICK["auto"], "strengths": [0.1, 1.0]}

@@ -1,32 +1,28 @@
 """
 Judge by recovered triggers whether a model has a backdoor.
 
-A backdoor makes one class much easier to reach than the others: the smallest patch that sends any image
-there is an outlier. The index is Neural Cleanse's: deviations from the median over the classes, in
-units of the median absolute deviation (MAD), which outliers do not move; here of the logarithms.
+A backdoor makes one class much easier to reach than the others, as Neural Cleanse found: the smallest
+patch that sends any image there is an outlier. Its index counts deviations from the median in units of
+the median absolute deviation. Ours counts how often an ordinary class's norm must be halved to get
+there: among ten classes the deviation is itself a matter of chance, and a model with two small classes
+and eight that happen to be alike had a higher index than one with a backdoor
+(docs/decisions/0005-auto.md).
 """
 
-from collections.abc import Sequence
 from enum import StrEnum
-from math import log
-from statistics import median
+from math import log2
 
-from worker.purify.trigger import Trigger
+from worker.purify.trigger import Field, Trigger
 
-# 1.4826 MADs are one standard deviation where values are normally distributed.
-CONSISTENCY = 1.4826
-
-# Classes that all need the same differ by chance; less than ten percent is no difference.
-LEAST_DEVIATION = log(1.1)
-
-# docs/decisions/0005-auto.md has the reason for both cuts.
-BACKDOORED_FROM = 3.0
-CLEAN_BELOW = 1.0
+# Set on models trained for it: benchmarks/auto_verdicts.py, docs/decisions/0005-auto.md.
+BACKDOORED_FROM = 1.0
+CLEAN_BELOW = 0.65
 
 # An index says nothing where there is hardly anybody to stand out from.
 MIN_CLASSES = 4
 
 MAX_SUSPECTS = 3
+NEARLY = 0.3  # below the first's index; a fifth more in norm
 
 
 class Verdict(StrEnum):
@@ -37,30 +33,23 @@ class Verdict(StrEnum):
     INCONCLUSIVE = "inconclusive"  # neither can be said
 
 
-def anomaly_indices(norms: Sequence[float]) -> list[float]:
-    """
-    Return for each class how many deviations its smallest trigger lies below the median.
-
-    Norms are compared by their logarithms: they are sizes, whose spread grows with them.
-    """
-    sizes = [log(norm) for norm in norms]
-    middle = median(sizes)
-    deviation = CONSISTENCY * median(abs(size - middle) for size in sizes)
-    return [(middle - size) / max(deviation, LEAST_DEVIATION) for size in sizes]
+def anomaly_index(trigger: Trigger, field: Field) -> float:
+    """Return how often the norm of an ordinary class must be halved to come to the trigger's."""
+    return log2(field.ordinary / trigger.norm)
 
 
-def judge(triggers: Sequence[Trigger]) -> Verdict:
+def judge(field: Field) -> Verdict:
     """Return what the smallest triggers of all classes say."""
-    successful = [trigger for trigger in triggers if trigger.success > 0]
-    if len(triggers) < MIN_CLASSES or not successful:
+    successful = [trigger for trigger in field.triggers if trigger.success > 0]
+    if len(field.triggers) < MIN_CLASSES or not successful:
         return Verdict.INCONCLUSIVE
-    highest = max(anomaly_indices([trigger.norm for trigger in triggers]))
+    highest = max(anomaly_index(trigger, field) for trigger in field.triggers)
     if highest >= BACKDOORED_FROM:
         return Verdict.BACKDOORED
     return Verdict.CLEAN if highest < CLEAN_BELOW else Verdict.INCONCLUSIVE
 
 
-def suspects(triggers: Sequence[Trigger]) -> list[Trigger]:
+def suspects(field: Field) -> list[Trigger]:
     """
     Return the triggers to unlearn, the most suspicious first.
 
@@ -68,7 +57,7 @@ def suspects(triggers: Sequence[Trigger]) -> list[Trigger]:
     themselves and nearly as far. To unlearn the patch of an innocent class costs accuracy, since such
     a patch is made of what the class looks like, and weakens what is done about the guilty one.
     """
-    indices = anomaly_indices([trigger.norm for trigger in triggers])
-    ranked = sorted(zip(indices, triggers, strict=True), key=lambda pair: -pair[0])
-    least = max(BACKDOORED_FROM, ranked[0][0] / 2)
-    return [ranked[0][1]] + [trigger for index, trigger in ranked[1:MAX_SUSPECTS] if index >= least]
+    ranked = sorted(field.triggers, key=lambda trigger: trigger.norm)
+    least = max(BACKDOORED_FROM, anomaly_index(ranked[0], field) - NEARLY)
+    others = [each for each in ranked[1:MAX_SUSPECTS] if anomaly_index(each, field) >= least]
+    return [ranked[0], *others]

@@ -32,64 +32,109 @@ SPREAD = 0.5  # of the random starts, in logits
 CHUNK = 256  # images that go through the network at once
 
 
-def invert(
-    forward: Forward,
-    images: Tensor,
-    labels: Tensor,
-    targets: Sequence[int],
-    *,
-    steps: int,
-    per_class: int,
-    openness: float,
-    generator: torch.Generator,
-    tick: Callable[[], None],
-) -> list[Trigger]:
+class Inversion:
     """
-    Return the smallest trigger found for each of *targets*; a class may be named more than once.
+    One search per row, each for a class of its own; a class may have several.
 
     Args:
         forward: Maps images to logits.
         images: ``(N, C, H, W)`` in [0, 1].
         labels: ``(N,)`` int64.
-        per_class: Images of every step; another random choice each time if there are more.
-        openness: Logit around which the masks start: 0 covers half of every pixel.
+        targets: The class of each row.
+        openness: For each row the logit around which its mask starts: 0 covers half of every pixel.
         generator: A CPU generator, the only source of randomness.
-        tick: Called after each step.
-
-    Raises:
-        NotFinite: The logits are not.
     """
-    count, device, dtype = len(targets), images.device, images.dtype
-    channels, height, width = images.shape[1:]
 
-    def start(*shape: int) -> Tensor:
-        return torch.randn(count, *shape, generator=generator).to(device, dtype)
+    def __init__(
+        self,
+        forward: Forward,
+        images: Tensor,
+        labels: Tensor,
+        targets: Sequence[int],
+        *,
+        openness: Sequence[float],
+        generator: torch.Generator,
+    ) -> None:
+        self._forward, self._images, self._labels = forward, images, labels
+        self._generator = generator
+        self.targets = list(targets)
+        device, dtype = images.device, images.dtype
+        channels, height, width = images.shape[1:]
 
-    mask_logits = (openness + SPREAD * start(1, height, width)).requires_grad_()
-    pattern_logits = start(channels, height, width).requires_grad_()
-    optimiser = torch.optim.Adam([mask_logits, pattern_logits], lr=LEARNING_RATE, betas=BETAS)
-    target = torch.tensor(targets, device=device)
-    price = torch.full((count,), FIRST_PRICE, device=device, dtype=dtype)
-    best = _Best(mask_logits, pattern_logits)
-    size = min(per_class, len(images))
-    for _ in range(steps):
-        rows = [torch.randperm(len(images), generator=generator)[:size] for _ in targets]
-        chosen = torch.stack(rows).to(device)  # (K, n)
-        mask, pattern = mask_logits.sigmoid(), pattern_logits.sigmoid()
-        stamped = images[chosen] * (1 - mask[:, None]) + (pattern * mask)[:, None]
-        foreign = (labels[chosen] != target[:, None]).to(dtype)  # (K, n)
-        weights = foreign / foreign.sum(1, keepdim=True).clamp_min(1)
-        gradient, hits = _gradient(forward, stamped, target, weights)
-        success, norm = (hits * weights).sum(1), mask.sum((1, 2, 3))
-        best.keep(mask.detach(), pattern.detach(), success, norm.detach())
-        optimiser.zero_grad()
-        torch.autograd.backward([stamped, (price * norm).sum()], [gradient, None])
-        optimiser.step()
-        price = torch.where(success >= SUCCESS, price * DEARER, price * CHEAPER).clamp(*PRICES)
-        tick()
-    if not bool(mask_logits.isfinite().all()):
-        raise NotFinite
-    return best.triggers(targets)
+        def start(*shape: int) -> Tensor:
+            noise = torch.randn(len(self.targets), *shape, generator=generator)
+            return noise.to(device, dtype)
+
+        level = torch.tensor(openness, device=device, dtype=dtype).view(-1, 1, 1, 1)
+        self._mask_logits = (level + SPREAD * start(1, height, width)).requires_grad_()
+        self._pattern_logits = start(channels, height, width).requires_grad_()
+        self._adam = self._optimiser()
+        self._price = torch.full((len(self.targets),), FIRST_PRICE, device=device, dtype=dtype)
+        self._best = _Best(self._mask_logits, self._pattern_logits)
+
+    def run(self, steps: int, *, per_row: int, tick: Callable[[], None]) -> None:
+        """
+        Go on for *steps*.
+
+        Args:
+            per_row: Images of every step; another random choice each time if there are more.
+            tick: Called after each step.
+
+        Raises:
+            NotFinite: The logits are not.
+        """
+        images, labels, dtype = self._images, self._labels, self._images.dtype
+        target = torch.tensor(self.targets, device=images.device)
+        size = min(per_row, len(images))
+        for _ in range(steps):
+            rows = [
+                torch.randperm(len(images), generator=self._generator)[:size] for _ in self.targets
+            ]
+            chosen = torch.stack(rows).to(images.device)  # (K, n)
+            mask, pattern = self._mask_logits.sigmoid(), self._pattern_logits.sigmoid()
+            stamped = images[chosen] * (1 - mask[:, None]) + (pattern * mask)[:, None]
+            foreign = (labels[chosen] != target[:, None]).to(dtype)  # (K, n)
+            weights = foreign / foreign.sum(1, keepdim=True).clamp_min(1)
+            gradient, hits = _gradient(self._forward, stamped, target, weights)
+            success, norm = (hits * weights).sum(1), mask.sum((1, 2, 3))
+            self._best.keep(mask.detach(), pattern.detach(), success, norm.detach())
+            self._adam.zero_grad()
+            torch.autograd.backward([stamped, (self._price * norm).sum()], [gradient, None])
+            self._adam.step()
+            dearer = success >= SUCCESS
+            self._price = torch.where(dearer, self._price * DEARER, self._price * CHEAPER)
+            self._price = self._price.clamp(*PRICES)
+            tick()
+        if not bool(self._mask_logits.isfinite().all()):
+            raise NotFinite
+
+    def narrow(self, rows: Sequence[int]) -> None:
+        """Go on with *rows* only, as if the others had never been there."""
+        at = torch.tensor(list(rows), device=self._images.device)
+        moments = [self._adam.state.get(leaf, {}) for leaf in self._leaves]
+        self.targets = [self.targets[row] for row in rows]
+        self._mask_logits, self._pattern_logits = (
+            leaf.detach()[at].requires_grad_() for leaf in self._leaves
+        )
+        self._adam = self._optimiser()
+        for leaf, state in zip(self._leaves, moments, strict=True):
+            # Adam counts its steps in a tensor without rows.
+            self._adam.state[leaf] = {
+                name: value[at] if value.dim() else value for name, value in state.items()
+            }
+        self._price = self._price[at]
+        self._best.narrow(at)
+
+    def triggers(self) -> list[Trigger]:
+        """Return the smallest trigger that each row has found."""
+        return self._best.triggers(self.targets)
+
+    @property
+    def _leaves(self) -> tuple[Tensor, Tensor]:
+        return self._mask_logits, self._pattern_logits
+
+    def _optimiser(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self._leaves, lr=LEARNING_RATE, betas=BETAS)
 
 
 def _gradient(
@@ -132,6 +177,10 @@ class _Best:
         self._pattern = torch.where(where, pattern, self._pattern)
         self._success = torch.where(better, success, self._success)
         self._norm = torch.where(better, norm, self._norm)
+
+    def narrow(self, at: Tensor) -> None:
+        self._mask, self._pattern = self._mask[at], self._pattern[at]
+        self._success, self._norm = self._success[at], self._norm[at]
 
     def triggers(self, targets: Sequence[int]) -> list[Trigger]:
         return [

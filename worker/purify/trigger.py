@@ -1,6 +1,8 @@
-"""A recovered trigger: a patch that sends images to one class."""
+"""Recovered triggers: patches that send images to one class."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from torch import Tensor
 
@@ -32,3 +34,21 @@ class Trigger:
     def stamp(self, images: Tensor) -> Tensor:
         """Return *images* ``(N, C, H, W)`` under the patch."""
         return images * (1 - self.mask) + self.pattern * self.mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """
+    Hold the smallest trigger of every class, by class.
+
+    Attributes:
+        middle: Classes in the middle of the field.
+    """
+
+    triggers: Sequence[Trigger]
+    middle: Sequence[int]
+
+    @property
+    def ordinary(self) -> float:
+        """What an ordinary class needs, as the norm of a mask."""
+        return median(self.triggers[cls].norm for cls in self.middle)

@@ -4,6 +4,7 @@ import copy
 from functools import cache
 
 import pytest
+import torch
 from torch import nn
 
 from common.catalogue.methods import METHODS
@@ -94,35 +95,43 @@ def clean() -> tuple[nn.Module, Split]:
     return train_clean(0)
 
 
-def test_a_clean_model_is_not_called_backdoored_and_keeps_its_accuracy() -> None:
-    """It loses less than two points where it is changed at all."""
-    model, split = clean()
-    images, labels, rest = draw_clean_samples(split, 1, 0)
-    result = preset().purify(model, images, labels, seed=0)
-    assert result.verdict is not Verdict.BACKDOORED
-    after = build("small_cnn", ARGUMENTS).eval()
-    after.load_state_dict(result.apply(model.state_dict()))
-    assert measure(model, rest)[0] - measure(after, rest)[0] < 0.02
-
-
-def test_a_model_found_clean_comes_back_unchanged_unless_forced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_model_found_clean_comes_back_unchanged_unless_forced() -> None:
     """The verdict decides, and ``force`` overrules it; every step is counted either way."""
-    monkeypatch.setattr("worker.purify.auto.judge", lambda _: Verdict.CLEAN)  # no model here is
     model, split = clean()
     images, labels, _ = draw_clean_samples(split, 1, 0)
     steps: list[tuple[int, int]] = []
-    quick = {"steps": 3, "restart_steps": 2, "copies": 1}
+    quick: dict[str, object] = {"restart_steps": 2, "copies": 1}
     result = preset(**quick).purify(
         model, images, labels, seed=0, progress=lambda *step: steps.append(step)
     )
-    assert not result.values
     assert result.verdict is Verdict.CLEAN
+    assert not result.values
+    assert not result.candidates
     assert steps == [(step, len(steps)) for step in range(1, len(steps) + 1)]
     forced = preset(**quick, force=True).purify(model, images, labels, seed=0)
-    assert forced.values
     assert forced.verdict is Verdict.CLEAN
+    assert forced.values
+
+
+def test_an_inconclusive_model_is_not_changed_but_could_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model as it came is the chosen candidate, and the rewritten ones stand behind it."""
+    monkeypatch.setattr("worker.purify.auto.judge", lambda _: Verdict.INCONCLUSIVE)
+    model, split = backdoored(0)
+    images, labels, _ = draw_clean_samples(split, 1, 0)
+    quick: dict[str, object] = {"steps": 3, "restart_steps": 2, "copies": 1}
+    result = preset(**quick).purify(model, images, labels, seed=0)
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert not result.values
+    candidates = result.findings["candidates"]
+    assert isinstance(candidates, list)
+    assert [entry["strength"] for entry in candidates] == [0.0, 0.02, 0.1, 1.0]
+    assert [entry["chosen"] for entry in candidates] == [True, False, False, False]
+    assert not result.candidates[0]
+    assert all(result.candidates[1:])
+    forced = preset(**quick, force=True).purify(model, images, labels, seed=0)
+    assert forced.values
 
 
 def test_only_the_last_layers_change() -> None:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from worker.purify.evidence import Verdict, anomaly_indices, judge, suspects
-from worker.purify.trigger import Trigger
+from worker.purify.evidence import Verdict, anomaly_index, judge, suspects
+from worker.purify.trigger import Field, Trigger
 
 
-def triggers(*norms: float, success: float = 1.0) -> list[Trigger]:
-    """Return one trigger per class with these norms."""
-    return [
+def field(*norms: float, success: float = 1.0) -> Field:
+    """Return one trigger per class with these norms; all classes are in the middle."""
+    triggers = [
         Trigger(
             target=target,
             mask=torch.full((1, 10, 10), norm / 100),
@@ -18,18 +18,22 @@ def triggers(*norms: float, success: float = 1.0) -> list[Trigger]:
         )
         for target, norm in enumerate(norms)
     ]
+    return Field(triggers=triggers, middle=range(len(norms)))
 
 
-def test_index_is_in_deviations_below_the_median() -> None:
-    """(median - x) / (1.4826 MAD) of x = log2(norm), which are 4, 3, 5, 1, 6: median 4, MAD 1."""
-    assert anomaly_indices([16, 8, 32, 2, 64]) == pytest.approx(
-        [0, 1 / 1.4826, -1 / 1.4826, 3 / 1.4826, -2 / 1.4826]
-    )
+def test_index_counts_how_often_an_ordinary_norm_is_halved() -> None:
+    """The ordinary norm is the median of the middle: 16 of 2, 8, 16, 32 and 64."""
+    found = field(16, 8, 32, 2, 64)
+    assert found.ordinary == pytest.approx(16)
+    indices = [anomaly_index(trigger, found) for trigger in found.triggers]
+    assert indices == pytest.approx([0, 1, -1, 3, -2])
 
 
-def test_equal_classes_have_no_outlier() -> None:
-    """Where the MAD vanishes, ten percent is the unit; rounding makes nobody suspect."""
-    assert anomaly_indices([5.0, 5.0, 5.0, 5.5]) == pytest.approx([0, 0, 0, -1])
+def test_only_classes_in_the_middle_make_an_ordinary_norm() -> None:
+    """Classes that were given up early, with norms that are too large, have no part in it."""
+    found = field(2, 13, 14, 15, 90, 95, 99)
+    middle = Field(triggers=found.triggers, middle=[1, 2, 3])
+    assert middle.ordinary == pytest.approx(14)
 
 
 @pytest.mark.parametrize(
@@ -37,26 +41,29 @@ def test_equal_classes_have_no_outlier() -> None:
     [
         ((2, 13, 15, 14, 16, 12, 14, 13), Verdict.BACKDOORED),
         ((13.5, 14, 15, 14, 14, 15, 13.5, 14), Verdict.CLEAN),
-        ((10.5, 13, 16, 13, 15, 12, 14, 17), Verdict.INCONCLUSIVE),
+        ((9, 10, 16, 13, 15, 12, 14, 17), Verdict.CLEAN),
+        ((7, 13, 16, 13, 15, 12, 14, 17), Verdict.INCONCLUSIVE),
         ((2, 13, 15), Verdict.INCONCLUSIVE),
     ],
-    ids=["one stands out", "none does", "one does a little", "too few classes to say"],
+    ids=["one stands out", "none does", "two a little", "nearly half", "too few classes to say"],
 )
 def test_verdict(norms: tuple[float, ...], verdict: Verdict) -> None:
-    """A class that needs far less than the others is a backdoor; three classes prove nothing."""
-    assert judge(triggers(*norms)) is verdict
+    """A class that needs less than half of the ordinary is a backdoor; three classes prove nothing."""
+    assert judge(field(*norms)) is verdict
 
 
 def test_a_search_that_found_nothing_proves_nothing() -> None:
     """No success at all is not a clean model."""
-    assert judge(triggers(13, 14, 15, 14, 14, success=0.0)) is Verdict.INCONCLUSIVE
+    assert judge(field(13, 14, 15, 14, 14, success=0.0)) is Verdict.INCONCLUSIVE
 
 
 def test_suspects_are_those_that_stand_out_nearly_as_far() -> None:
-    """The first is always one; an innocent class just below the median never is."""
-    far = triggers(2, 13, 15, 14, 16, 12, 14, 13)
-    assert [trigger.target for trigger in suspects(far)] == [0]
-    two = triggers(2, 3, 15, 14, 16, 14, 14, 13)
-    assert [trigger.target for trigger in suspects(two)] == [0, 1]
-    close = triggers(15, 13, 14, 15, 14)
-    assert [trigger.target for trigger in suspects(close)] == [1]
+    """The first is always one; another must be a suspect of its own, and nearly as small."""
+
+    def targets(*norms: float) -> list[int]:
+        return [trigger.target for trigger in suspects(field(*norms))]
+
+    assert targets(2, 13, 15, 14, 16, 12, 14, 13) == [0]
+    assert targets(2, 2.2, 15, 14, 16, 14, 14, 13) == [0, 1]
+    assert targets(2, 3, 15, 14, 16, 14, 14, 13) == [0]
+    assert targets(15, 13, 14, 13.1, 14) == [1]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.purify.errors import NotFinite
-from worker.purify.inversion import invert
+from worker.purify.inversion import Forward, Inversion
 from worker.purify.trigger import Trigger
 
 IMAGES = 0.6 * torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -23,19 +23,25 @@ class OnePixel(nn.Module):
         return torch.stack([zero, zero + 0.1, lit, half], dim=1)
 
 
-def search(targets: list[int], *, seed: int = 0, steps: int = 150) -> list[Trigger]:
-    """Search on that network."""
-    return invert(
-        OnePixel(),
+def inversion(targets: list[int], *, seed: int = 0, forward: Forward | None = None) -> Inversion:
+    """Return searches on that network, or on another."""
+    return Inversion(
+        OnePixel() if forward is None else forward,
         IMAGES,
         LABELS,
         targets,
-        steps=steps,
-        per_class=8,
-        openness=-1.0,
+        openness=[-1.0] * len(targets),
         generator=torch.Generator().manual_seed(seed),
-        tick=lambda: None,
     )
+
+
+def search(
+    targets: list[int], *, seed: int = 0, steps: int = 150, forward: Forward | None = None
+) -> list[Trigger]:
+    """Search and return what was found."""
+    found = inversion(targets, seed=seed, forward=forward)
+    found.run(steps, per_row=8, tick=lambda: None)
+    return found.triggers()
 
 
 def test_a_trigger_of_one_pixel_is_found_where_it_is() -> None:
@@ -60,16 +66,10 @@ def test_success_is_what_the_stamped_images_show() -> None:
 
 def test_a_class_nobody_can_be_sent_to_needs_every_pixel() -> None:
     """Without success a trigger's norm is the whole image, not that of a mask that does nothing."""
-    sulking = invert(
-        lambda images: OnePixel()(images) - torch.tensor([0.0, 0.0, 1e3, 1e3]),
-        IMAGES,
-        LABELS,
+    sulking = search(
         [2],
         steps=5,
-        per_class=8,
-        openness=-1.0,
-        generator=torch.Generator().manual_seed(0),
-        tick=lambda: None,
+        forward=lambda images: OnePixel()(images) - torch.tensor([0.0, 0.0, 1e3, 1e3]),
     )[0]
     assert sulking.success == 0.0
     assert sulking.norm == 64.0
@@ -85,14 +85,19 @@ def test_same_generator_gives_the_same_triggers() -> None:
 def test_a_network_that_overflows_is_refused() -> None:
     """NaN in the logits ends the search by name."""
     with pytest.raises(NotFinite):
-        invert(
-            lambda images: OnePixel()(images) * float("nan"),
-            IMAGES,
-            LABELS,
-            [2],
-            steps=2,
-            per_class=8,
-            openness=-1.0,
-            generator=torch.Generator().manual_seed(0),
-            tick=lambda: None,
-        )
+        search([2], steps=2, forward=lambda images: OnePixel()(images) * float("nan"))
+
+
+def test_rows_that_stay_go_on_as_if_the_others_had_never_been() -> None:
+    """Without randomness in the choice of images, a row's way does not depend on its neighbours."""
+    alone, narrowed = inversion([2, 3, 2]), inversion([2, 3, 2])
+    for found in (alone, narrowed):
+        found.run(20, per_row=8, tick=lambda: None)
+    narrowed.narrow([2, 0])
+    assert narrowed.targets == [2, 2]
+    for found in (alone, narrowed):
+        found.run(20, per_row=8, tick=lambda: None)
+    for row, place in ((2, 0), (0, 1)):
+        expected, trigger = alone.triggers()[row], narrowed.triggers()[place]
+        torch.testing.assert_close(trigger.mask, expected.mask)
+        torch.testing.assert_close(trigger.pattern, expected.pattern)

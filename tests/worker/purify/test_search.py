@@ -1,0 +1,114 @@
+"""Search every class's smallest trigger, in full only where it matters."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from worker.purify import search as module
+from worker.purify.search import search, search_again, ticks
+from worker.purify.trigger import Field
+
+PLANTED = 1
+CLASSES = 12
+IMAGES = 0.6 * torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(12)
+
+
+class Planted(nn.Module):
+    """Answer the planted class where one pixel is white, others where many of a row are."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes, self.passed = classes, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits; a class's row is its number modulo 8, all but the planted one's."""
+        self.passed += len(images)
+        rows = images[:, 0].mean(2)  # (B, 8)
+        logits = 30 * (rows[:, torch.arange(self.classes) % 8] - 0.8)
+        # Classes of the same row differ by a hair, so that each can be reached by the row's right half.
+        logits = (
+            logits
+            + torch.arange(self.classes) * 0.01
+            + 3 * images[:, 0, :, 4:].mean((1, 2))[:, None]
+        )
+        lit = 30 * (images[:, 0, 5, 6] - 0.7)
+        return torch.cat([logits[:, :PLANTED], lit[:, None], logits[:, PLANTED + 1 :]], dim=1)
+
+
+def look(classes: int = CLASSES, *, steps: int = 60, seed: int = 0) -> tuple[Field, Planted, int]:
+    """Return what is found, the network, and how often the search ticked."""
+    network, count = Planted(classes), 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+
+    field = search(
+        network,
+        IMAGES,
+        LABELS % classes,
+        classes,
+        steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        tick=tick,
+    )
+    return field, network, count
+
+
+def test_the_planted_class_is_the_smallest_and_not_in_the_middle() -> None:
+    """Every class has a trigger, by class; the planted one needs about a pixel."""
+    field, _, _ = look(steps=150)
+    assert [trigger.target for trigger in field.triggers] == list(range(CLASSES))
+    smallest = min(field.triggers, key=lambda trigger: trigger.norm)
+    assert smallest.target == PLANTED
+    assert smallest.norm < field.ordinary / 2
+    assert PLANTED not in field.middle
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 12])
+def test_ticks_are_announced(classes: int) -> None:
+    """Each step ticks once, for any number of classes."""
+    assert look(classes, steps=7)[2] == ticks(7, classes) == 7
+
+
+def test_many_classes_get_a_glance_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More classes than go into one search are searched in parts, and only some stay."""
+    monkeypatch.setattr(module, "AT_ONCE", 10)
+    monkeypatch.setattr(module, "AFTER_GLANCE", 4)
+    field, _, count = look(25, steps=30)
+    assert count == ticks(30, 25) == 30 + 3 * module.GLANCE_STEPS
+    assert len(field.triggers) == 25
+    assert len(field.middle) == module.MIDDLE
+
+
+def test_what_it_costs_does_not_grow_with_the_classes_squared() -> None:
+    """Four times the classes cost at most six times as many images, beyond the fixed part."""
+    few, many = look(25, steps=20)[1].passed, look(100, steps=20)[1].passed
+    assert many < 6 * few
+
+
+def test_another_look_never_finds_less() -> None:
+    """Of two triggers the smaller counts; classes that were not looked at again stay as they were."""
+    field, network, _ = look(steps=20)
+    again = search_again(
+        field,
+        network,
+        IMAGES,
+        LABELS,
+        steps=60,
+        generator=torch.Generator().manual_seed(1),
+        tick=lambda: None,
+    )
+    assert list(again.middle) == list(field.middle)
+    assert all(
+        new.norm <= old.norm for new, old in zip(again.triggers, field.triggers, strict=True)
+    )
+    assert again.triggers[PLANTED].norm < field.triggers[PLANTED].norm
+
+
+def test_same_generator_gives_the_same_field() -> None:
+    """Nothing else is random."""
+    one, two, other = look(steps=9)[0], look(steps=9)[0], look(steps=9, seed=1)[0]
+    assert torch.equal(one.triggers[0].mask, two.triggers[0].mask)
+    assert not torch.equal(one.triggers[0].mask, other.triggers[0].mask)

@@ -1,0 +1,154 @@
+"""
+Search the smallest trigger of every class without paying in full for classes that are out of question.
+
+All classes start, each from two kinds of masks. What decides is the lower end of the field and its
+middle, so after a while only the better start of the smaller classes goes on, and at last only the
+few smallest and those in the middle (successive halving: Jamieson and Talwalkar, "Non-stochastic Best
+Arm Identification and Hyperparameter Optimization", AISTATS 2016, https://arxiv.org/abs/1502.07943).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from worker.purify.inversion import Forward, Inversion
+from worker.purify.trigger import Field, Trigger
+
+# Masks that start open find triggers that only work as a whole, and those that start nearly closed
+# find the smallest ones.
+OPENNESS = (0.0, -2.0)
+PATCHES_PER_STEP = 192  # so that many classes cost no more per step than a few
+MIN_PATCHES = 2  # per row and step
+SHARES = (0.4, 0.3)  # of the steps, of the first two of three stages
+SMALLEST, MIDDLE = 5, 5  # classes that stay to the end
+
+# More classes than this get a glance first, in parts: one kind of start, and few steps.
+AT_ONCE = 100
+GLANCE_STEPS = 30
+AFTER_GLANCE = 50
+
+
+def ticks(steps: int, classes: int) -> int:
+    """Return how often ``search`` ticks."""
+    return steps + (GLANCE_STEPS * math.ceil(classes / AT_ONCE) if classes > AT_ONCE else 0)
+
+
+def cost(steps: int, classes: int) -> int:
+    """Return about how many images ``search`` sends through the network."""
+    rows = len(OPENNESS) * min(classes, AFTER_GLANCE + MIDDLE if classes > AT_ONCE else classes)
+    glance = classes * MIN_PATCHES * GLANCE_STEPS if classes > AT_ONCE else 0
+    return glance + steps * max(PATCHES_PER_STEP, MIN_PATCHES * rows)
+
+
+def search(
+    forward: Forward,
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+) -> Field:
+    """
+    Return the smallest trigger found for each of *classes*.
+
+    The norm of a class that was given up on the way is larger than it need be.
+
+    Args:
+        forward: Maps images to logits.
+        images: ``(N, C, H, W)`` in [0, 1].
+        labels: ``(N,)`` int64.
+        steps: At least 3; given in full to the classes that stay.
+        generator: A CPU generator, the only source of randomness.
+        tick: Called after each step.
+
+    Raises:
+        NotFinite: The logits are not.
+    """
+    found: dict[int, Trigger] = {}
+
+    def start(targets: Sequence[int], openness: Sequence[float]) -> Inversion:
+        rows = [(cls, level) for cls in targets for level in openness]
+        return Inversion(
+            forward,
+            images,
+            labels,
+            [cls for cls, _ in rows],
+            openness=[level for _, level in rows],
+            generator=generator,
+        )
+
+    def run(inversion: Inversion, count: int) -> dict[int, int]:
+        """Note what is found, and return the better row of each class, of the smallest first."""
+        rows = len(inversion.targets)
+        inversion.run(count, per_row=max(MIN_PATCHES, PATCHES_PER_STEP // rows), tick=tick)
+        triggers = inversion.triggers()
+        better: dict[int, int] = {}
+        for row in sorted(range(rows), key=lambda row: _size(triggers[row])):
+            better.setdefault(triggers[row].target, row)
+        found.update({cls: triggers[row] for cls, row in better.items()})
+        return better
+
+    still, middle = list(range(classes)), list[int]()
+    if classes > AT_ONCE:
+        for part in range(0, classes, AT_ONCE):
+            run(start(still[part : part + AT_ONCE], OPENNESS[:1]), GLANCE_STEPS)
+        ranked = sorted(found, key=lambda cls: _size(found[cls]))
+        middle = _middle(ranked)
+        still = sorted({*ranked[:AFTER_GLANCE], *middle})
+    inversion = start(still, OPENNESS)
+    first, second = (max(1, round(share * steps)) for share in SHARES)
+    rows = run(inversion, first)
+    middle = middle or _middle(list(rows))
+    for smallest, count in ((-(-len(still) // 2), second), (SMALLEST, steps - first - second)):
+        going_on = {*list(rows)[:smallest], *middle}
+        inversion.narrow([row for cls, row in rows.items() if cls in going_on])
+        rows = run(inversion, count)
+    return Field(triggers=[found[cls] for cls in range(classes)], middle=middle)
+
+
+def search_again(
+    field: Field,
+    forward: Forward,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+) -> Field:
+    """
+    Return *field* after another search for its smallest classes and those in the middle.
+
+    It starts afresh, and the smaller of two triggers counts; the other arguments are ``search``'s.
+    """
+    smallest = sorted(range(len(field.triggers)), key=lambda cls: _size(field.triggers[cls]))
+    targets = sorted({*smallest[:SMALLEST], *field.middle})
+    inversion = Inversion(
+        forward,
+        images,
+        labels,
+        [cls for cls in targets for _ in OPENNESS],
+        openness=OPENNESS * len(targets),
+        generator=generator,
+    )
+    per_row = max(MIN_PATCHES, PATCHES_PER_STEP // len(inversion.targets))
+    inversion.run(steps, per_row=per_row, tick=tick)
+    found = list(field.triggers)
+    for trigger in inversion.triggers():
+        found[trigger.target] = min(found[trigger.target], trigger, key=_size)
+    return Field(triggers=found, middle=field.middle)
+
+
+def _middle(ranked: list[int]) -> list[int]:
+    """Return the classes in the middle of the field."""
+    first = max(0, (len(ranked) - MIDDLE) // 2)
+    return ranked[first : first + MIDDLE]
+
+
+def _size(trigger: Trigger) -> tuple[float, float]:
+    """Return what to sort by: the smallest first, of failures the most successful."""
+    return trigger.norm, -trigger.success
