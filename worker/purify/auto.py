@@ -67,7 +67,7 @@ class TriggerRewriting:
     steps: int = 200
     rounds: int = 1
     restarts: int = 4
-    restart_steps: int = 100
+    restart_steps: int = 200
     layers: int = 2
     ridge: float = 0.03
     strengths: tuple[float, ...] = (0.02, 0.1, 1.0)

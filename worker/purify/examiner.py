@@ -187,8 +187,9 @@ class Examiner:
         return stamped
 
     def trials(self, held_out: Tensor, triggers: Sequence[Trigger]) -> Trials:
-        """Return what to try every candidate on; each trigger has its own part of *held_out*."""
-        parts = [held_out[number :: len(triggers)] for number in range(len(triggers))]
+        """Return what to try every candidate on; each trigger has its own part, of one image at least."""
+        starts = (number % len(held_out) for number in range(len(triggers)))
+        parts = [held_out[start :: len(triggers)] for start in starts]
         pairs = list(zip(triggers, parts, strict=True))
         return Trials(
             images=held_out,

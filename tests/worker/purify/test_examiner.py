@@ -1,0 +1,81 @@
+"""What speaks for a result, on a network whose trigger is known."""
+
+import torch
+from torch import Tensor, nn
+
+from worker.purify.examiner import UNCHANGED, Candidate, Effort, Examiner
+from worker.purify.workpiece import prepare
+
+IMAGES = 0.6 * torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.zeros(10, dtype=torch.int64)
+PLANTED = 4
+
+
+class OnePixel(nn.Module):
+    """Answer 4 where the pixel (5, 6) is nearly white, 1 to 3 where a half is bright, else 0."""
+
+    def __init__(self, answer: float = 1.0) -> None:
+        super().__init__()
+        self.answer = nn.Parameter(torch.tensor(answer))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits for five classes."""
+        halves = [images[:, 0, :4], images[:, 0, 4:], images[..., :4].squeeze(1)]
+        bright = torch.stack([half.mean((1, 2)) for half in halves], dim=1)  # (B, 3)
+        zero = torch.zeros_like(bright[:, :1])
+        lit = self.answer * 40 * (images[:, 0, 5, 6] - 0.7)
+        return torch.cat([zero, 40 * (bright - 0.7), lit[:, None]], dim=1)
+
+
+def examiner() -> Examiner:
+    """Return one that has searched that network."""
+    effort = Effort(steps=90, restarts=2, restart_steps=60, reach=0, tau=3.0)
+    return Examiner(
+        prepare(OnePixel(), IMAGES, LABELS, None),
+        5,
+        effort,
+        precision="float32",
+        generator=torch.Generator().manual_seed(0),
+        tick=lambda: None,
+    )
+
+
+def test_residual_tells_the_backdoor_from_a_result_without_it() -> None:
+    """It is high on the model as it came, and low where the pixel does nothing any more."""
+    found = examiner()
+    assert found.suspects[0].target == PLANTED
+    trials = found.trials(IMAGES, found.suspects)
+    assert found.residual(OnePixel(), trials) > 0.5
+    assert found.residual(OnePixel(answer=0.0), trials) < 0.1
+
+
+def test_a_result_is_weighed_by_what_changed() -> None:
+    """Values are those that differ, and agreement is with the original's answers."""
+    found = examiner()
+    trials = found.trials(IMAGES, found.suspects)
+    same = found.weigh(OnePixel(), 1.0, trials)
+    assert (same.agreement, same.values) == (1.0, {})
+    other = found.weigh(OnePixel(answer=-1.0), 1.0, trials)
+    assert other.agreement < 1.0
+    assert set(other.values) == {"answer"}
+
+
+def test_every_trigger_is_tried_even_where_images_are_few() -> None:
+    """More triggers than held-out images share these."""
+    found = examiner()
+    first = found.suspects[0]
+    trials = found.trials(IMAGES[:2], [first] * 5)
+    assert [len(images) for _, images in trials.patched] == [1] * 5
+    assert [len(images) for images in trials.control] == [1] * 5
+
+
+def test_the_score_is_fidelity_as_far_as_it_can_be_seen() -> None:
+    """It falls with what triggers still achieve and, half as fast, with answers that changed."""
+
+    def score(agreement: float, residual: float) -> float:
+        return Candidate(strength=1.0, agreement=agreement, residual=residual, values={}).score
+
+    assert score(1.0, 0.0) == 1.0
+    assert score(0.8, 0.0) == 0.9
+    assert score(1.0, 0.25) == 0.75
+    assert UNCHANGED.score == 0.0
