@@ -35,13 +35,6 @@ def ticks(steps: int, classes: int) -> int:
     return steps + (GLANCE_STEPS * math.ceil(classes / AT_ONCE) if classes > AT_ONCE else 0)
 
 
-def cost(steps: int, classes: int) -> int:
-    """Return about how many images ``search`` sends through the network."""
-    rows = len(OPENNESS) * min(classes, AFTER_GLANCE + MIDDLE if classes > AT_ONCE else classes)
-    glance = classes * MIN_PATCHES * GLANCE_STEPS if classes > AT_ONCE else 0
-    return glance + steps * max(PATCHES_PER_STEP, MIN_PATCHES * rows)
-
-
 def search(
     forward: Forward,
     images: Tensor,
