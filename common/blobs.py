@@ -127,6 +127,11 @@ def upload_key(tenant: str, sha256: str) -> str:
     return f"uploads/{tenant}/{sha256}"
 
 
+def tenant_of(key: str) -> str:
+    """Return whose upload *key* is."""
+    return key.split("/")[1]
+
+
 def output_key(job_id: str, attempt: int, lease_token: str) -> str:
     """Return the key of the model that one attempt made."""
     return f"outputs/{job_id}/{attempt}-{lease_token}"

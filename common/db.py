@@ -31,6 +31,7 @@ from sqlalchemy import (
     create_engine,
     event,
     literal,
+    literal_column,
     make_url,
     text,
 )
@@ -158,13 +159,28 @@ class Job(Base):
     output_sha256: Mapped[str | None] = mapped_column(String(64))
     output_bytes: Mapped[int | None] = mapped_column(BigInteger)
     artefacts: Mapped[dict[str, Any] | None]  # what lies beside the output: common/artefacts.py
+    # What it takes of its tenant's storage beside its uploads: an output as large as the model until
+    # it ends, then what it left, until that is deleted.
+    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
 
     __table_args__ = (
         Index("ix_jobs_queue", "state", "priority", "created_at"),
         Index("ix_jobs_tenant", "tenant", "created_at", "id"),
         Index("ix_jobs_model", "tenant", "model_sha256"),
         Index("ix_jobs_expiry", "expires_at"),
+        Index(
+            "ix_jobs_stored",
+            "tenant",
+            "stored_bytes",
+            postgresql_where=text("stored_bytes > 0"),
+            sqlite_where=text("stored_bytes > 0"),
+        ),
     )
+
+    @classmethod
+    def holds_something(cls) -> ColumnElement[bool]:
+        """Return the condition of ``ix_jobs_stored``, word for word: else it would not be used."""
+        return cls.stored_bytes > literal_column("0", Integer)
 
 
 class JobBlob(Base):
@@ -183,7 +199,11 @@ class Blob(Base):
     __tablename__ = "blobs"
 
     key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    bytes: Mapped[int] = mapped_column(BigInteger)
     touched_at: Mapped[datetime] = mapped_column(index=True)
+
+    __table_args__ = (Index("ix_blobs_tenant", "tenant", "bytes"),)
 
 
 class IdempotencyKey(Base):
@@ -192,7 +212,7 @@ class IdempotencyKey(Base):
     __tablename__ = "idempotency_keys"
 
     tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
-    token: Mapped[str] = mapped_column(String(32), primary_key=True)
+    token: Mapped[str] = mapped_column(String(32), primary_key=True)  # its family
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     fingerprint: Mapped[str] = mapped_column(String(64))
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
@@ -208,9 +228,27 @@ class Token(Base):
     name: Mapped[str] = mapped_column(String(64))
     tenant: Mapped[str] = mapped_column(String(64))
     secret_sha256: Mapped[bytes] = mapped_column(LargeBinary(32))
+    scopes: Mapped[str] = mapped_column(String(64))  # words with a space between them (RFC 6750)
+    family: Mapped[str] = mapped_column(String(32))  # the first token that this one goes back to
+    replaced_by: Mapped[str | None] = mapped_column(String(32))
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]  # to the minute
+
+
+class RequestBudget(Base):
+    """
+    How many requests a tenant has made of late, in one moment (the generic cell rate algorithm).
+
+    Each request moves ``spent_until`` on by the time that it takes to earn one; a moment that has
+    passed says that nothing is spent.
+    """
+
+    __tablename__ = "request_budgets"
+
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    spent_until: Mapped[datetime]
 
 
 class Worker(Base):

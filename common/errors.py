@@ -88,6 +88,23 @@ class Unauthorised(Refused):
     )
 
 
+class InsufficientScope(Refused):
+    """This token may not do this: it lacks a scope."""
+
+    code = "insufficient-scope"
+    title = "Scope missing"
+    default_hint = (
+        "Use a token with the scope that the detail names; an operator makes one with "
+        "'python -m service tokens create NAME --scope SCOPE'."
+    )
+
+    def __init__(
+        self, detail: str | None = None, *, hint: str | None = None, scope: str = ""
+    ) -> None:
+        super().__init__(detail, hint=hint)
+        self.scope = scope
+
+
 class HostNotAllowed(Refused):
     """Without tokens only 127.0.0.1, localhost and [::1] are served."""
 
@@ -166,6 +183,27 @@ class QuotaExceeded(Refused):
     code = "quota-exceeded"
     title = "Too many unfinished jobs"
     default_hint = "Wait until a job ends, or cancel one."
+
+
+class InsufficientStorage(Refused):
+    """This tenant's stored files take up as much as they may."""
+
+    code = "insufficient-storage"
+    title = "Storage quota used up"
+    default_hint = (
+        "Delete jobs whose files are no longer needed (DELETE /jobs/{id} frees them within seconds), "
+        "wait until some expire, or ask the operator to raise WEIGHTWASH_MAX_STORED_BYTES."
+    )
+
+
+class TooManyRequests(NotYet):
+    """This tenant has made as many requests as it may for now."""
+
+    code = "too-many-requests"
+    title = "Too many requests"
+    default_hint = (
+        "Wait for the seconds that Retry-After gives; one GET with ?wait=50 replaces many polls."
+    )
 
 
 class IdempotencyMismatch(Refused):

@@ -5,13 +5,13 @@ Nothing here changes the state of a job. Each deletion is such that a crash in t
 something that the next sweep deletes, never a row that names a file that is gone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from common.blobs import BlobStore, artefact_key, upload_key
+from common.blobs import BlobStore, artefact_key, tenant_of, upload_key
 from common.db import (
     TERMINAL_STATES,
     Blob,
@@ -28,18 +28,18 @@ _SWEEP_LIMIT = 500
 _WORKER_MEMORY_SECONDS = 86400.0
 
 
-def reserve_blobs(session: Session, keys: Iterable[str]) -> None:
+def reserve_blobs(session: Session, sizes: Mapping[str, int]) -> None:
     """
-    Announce that *keys* are about to be stored, so that the sweep leaves them alone.
+    Announce that blobs of these *sizes* are about to be stored: the sweep leaves them alone.
 
     Call it in a transaction of its own before the files are moved to their place: the sweep deletes
     file and row under the row's lock, and only rows that nobody has touched for the grace time.
     """
     insert = postgresql.insert if is_postgres(session) else sqlite.insert
-    for key in sorted(set(keys)):  # sorted: two requests that lock the same rows agree on the order
+    for key in sorted(sizes):  # sorted: two requests that lock the same rows agree on the order
         session.execute(
             insert(Blob)
-            .values(key=key, touched_at=now())
+            .values(key=key, tenant=tenant_of(key), bytes=sizes[key], touched_at=now())
             .on_conflict_do_update(index_elements=[Blob.key], set_={"touched_at": now()})
         )
 
@@ -63,7 +63,7 @@ def drop_unclaimed_blobs(session: Session, store: BlobStore, keys: Iterable[str]
     has either done so, which is seen here, or finds it gone (``claim_blobs``).
     """
     keys = set(keys)
-    reserve_blobs(session, keys)
+    reserve_blobs(session, dict.fromkeys(keys, 0))  # those that are there keep their size
     for key in keys:
         needed_by = session.scalar(select(JobBlob.job_id).where(JobBlob.blob_key == key).limit(1))
         if needed_by is None:

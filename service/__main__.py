@@ -1,9 +1,10 @@
 """Run the service, or manage its tokens: ``python -m service serve``, ``python -m service tokens``."""
 
 import argparse
+import re
 import sys
 import threading
-from datetime import UTC, datetime
+from datetime import datetime
 from types import FrameType
 
 import uvicorn
@@ -16,10 +17,12 @@ from common.settings import Settings
 from migrations.migrate import is_current, upgrade
 from service import auth
 from service.app import create_app
+from service.auth import Scope
 
 # Idle keep-alive connections hold the stop up for no longer than this.
 _SHUTDOWN_SECONDS = 3
 _MAX_DAYS = 3650
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,9 +39,32 @@ def main(arguments: list[str] | None = None) -> int:
     create.add_argument("name", help="what the token is for, such as the pipeline's name")
     create.add_argument("--tenant", help="whose jobs it may see; the name by default")
     create.add_argument(
-        "--expires-days", type=_days, help=f"days until it ends by itself, up to {_MAX_DAYS}"
+        "--scope",
+        action="append",
+        choices=[scope.value for scope in Scope],
+        metavar="SCOPE",
+        help="what it may do, once for each: submit (make and cancel jobs), read (see them, download), "
+        "admin (delete); submit and read by default",
     )
-    actions.add_parser("list", help="list tokens without their secrets")
+    create.add_argument(
+        "--expires-in",
+        type=_life,
+        metavar="TIME",
+        help=f"when it ends by itself, such as 90d or 12h, up to {_MAX_DAYS}d; never by default",
+    )
+    rotate = actions.add_parser(
+        "rotate",
+        help="make a token in the place of a live one and print it; the old one ends later",
+    )
+    rotate.add_argument("id", help="the old token's id, as 'list' shows it")
+    rotate.add_argument(
+        "--overlap",
+        type=_seconds,
+        default="7d",
+        metavar="TIME",
+        help="how long the old one goes on beside the new one, such as 12h, or 0s; 7d by default",
+    )
+    actions.add_parser("list", help="list tokens without their secrets: scopes, end, last use")
     revoke = actions.add_parser("revoke", help="end a token now")
     revoke.add_argument("id", help="the token's id, as 'list' shows it")
     options = parser.parse_args(arguments)
@@ -55,11 +81,23 @@ def main(arguments: list[str] | None = None) -> int:
     return _serve(settings) if options.command == "serve" else _tokens(settings, options)
 
 
-def _days(text: str) -> float:
-    days = float(text)
-    if not 0 < days <= _MAX_DAYS:  # NaN fails too
-        raise argparse.ArgumentTypeError(f"more than 0 and at most {_MAX_DAYS}, not {text}")
-    return days
+def _seconds(text: str) -> int:
+    found = re.fullmatch(r"(\d{1,9})([smhdw])", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"a whole number and a unit (s, m, h, d, w), such as 90d, not {text!r}"
+        )
+    seconds = int(found[1]) * _UNIT_SECONDS[found[2]]
+    if seconds > _MAX_DAYS * 86400:
+        raise argparse.ArgumentTypeError(f"at most {_MAX_DAYS}d, not {text}")
+    return seconds
+
+
+def _life(text: str) -> int:
+    seconds = _seconds(text)
+    if seconds == 0:
+        raise argparse.ArgumentTypeError(f"more than nothing, not {text}")
+    return seconds
 
 
 def _serve(settings: Settings) -> int:
@@ -106,14 +144,20 @@ def _tokens(settings: Settings, options: argparse.Namespace) -> int:
         with database.write() as session:
             match options.action:
                 case "create":
-                    days = options.expires_days
                     print(  # noqa: T201 - the one time it is shown
                         auth.create_token(
                             session,
                             options.name,
                             tenant=options.tenant,
-                            expires_in_seconds=None if days is None else days * 86400,
+                            scopes=map(Scope, options.scope)
+                            if options.scope
+                            else auth.DEFAULT_SCOPES,
+                            expires_in_seconds=options.expires_in,
                         )
+                    )
+                case "rotate":
+                    print(  # noqa: T201 - the one time it is shown
+                        auth.rotate_token(session, options.id, overlap_seconds=options.overlap)
                     )
                 case "list":
                     for token in auth.list_tokens(session):
@@ -129,10 +173,21 @@ def _tokens(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _print_token(token: auth.TokenInfo) -> None:
-    ends = "never" if token.expires_at is None else f"{token.expires_at:%Y-%m-%d %H:%M}"
-    expired = token.expires_at is not None and token.expires_at <= datetime.now(UTC)
-    state = "revoked" if token.revoked_at is not None else "expired" if expired else "live"
-    print(f"{token.id}  {state:7}  expires {ends}  tenant {token.tenant}  {token.name}")  # noqa: T201
+    state = "live" if token.is_live else "revoked" if token.revoked_at is not None else "expired"
+    words = [
+        f"{token.id}  {state:7}  {','.join(scope for scope in Scope if scope in token.scopes)}",
+        f"expires {_moment(token.expires_at)}",
+        f"used {_moment(token.last_used_at)}",
+        f"tenant {token.tenant}",
+        token.name,
+    ]
+    if token.replaced_by is not None:
+        words.append(f"replaced by {token.replaced_by}")
+    print("  ".join(words))  # noqa: T201
+
+
+def _moment(moment: datetime | None) -> str:
+    return "never" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
 
 
 if __name__ == "__main__":

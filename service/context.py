@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import structlog
 from fastapi import Depends, Request, Response, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
@@ -20,9 +22,11 @@ from common.errors import NotFound
 from common.queue import Doorbell
 from common.settings import Settings
 from service import auth
-from service.auth import Principal
+from service.auth import Principal, Scope
 
 T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 _JOB_ID = re.compile(r"job_[0-9a-f]{24}")
 
@@ -50,22 +54,46 @@ Here = Annotated[Context, Depends(_context)]
 
 # For the OpenAPI document alone: the header is read below, where a wrong one gets our own answer.
 _BEARER = HTTPBearer(
-    auto_error=False, bearerFormat="ww_…", description="Needed where the service asks for tokens."
+    auto_error=False,
+    bearerFormat="ww_…",
+    description="Needed where the service asks for tokens. A token has scopes, none of which implies "
+    "another: `submit` makes and cancels jobs, `read` sees them and downloads what they leave, `admin` "
+    "deletes it. A token that lacks the one that stands at an operation gets `403 insufficient-scope`.",
 )
 
 
 async def _principal(
     request: Request,
     here: Here,
+    needed: SecurityScopes,
     _documented: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)],
 ) -> Principal:
-    if not here.settings.requires_tokens:
-        return auth.LOCAL
     header = request.headers.get("authorization")
-    return await in_thread(here.database, lambda session: auth.authenticate(session, header))
+    caller = await run_in_threadpool(_admit, here, header)
+    for scope in needed.scopes:
+        caller.require(Scope(scope))
+    return caller
 
 
-Caller = Annotated[Principal, Depends(_principal)]
+def _admit(here: Context, authorization: str | None) -> Principal:
+    """Return who is calling."""
+    caller = auth.LOCAL
+    if here.settings.requires_tokens:
+        with here.database.read() as session:
+            caller = auth.authenticate(session, authorization)
+    if not caller.is_use_recorded:
+        try:
+            with here.database.write() as session:
+                auth.record_use(session, caller.token)
+        except SQLAlchemyError as exc:  # nobody is turned away over a note in the margin
+            log.warning("use-not-recorded", error=str(exc).splitlines()[0])
+    return caller
+
+
+# There is no caller without a scope: whoever adds a route has to say what it takes.
+Submitter = Annotated[Principal, Security(_principal, scopes=[Scope.SUBMIT.value])]
+Reader = Annotated[Principal, Security(_principal, scopes=[Scope.READ.value])]
+Admin = Annotated[Principal, Security(_principal, scopes=[Scope.ADMIN.value])]
 
 
 def known_form(job_id: str) -> str:

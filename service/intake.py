@@ -32,7 +32,7 @@ def check_room(
     with here.database.read() as session:
         makes_a_job = not dry_run and not (
             idempotency_key is not None
-            and jobs.is_key_known(session, caller.tenant, caller.token, idempotency_key)
+            and jobs.is_key_known(session, caller.tenant, caller.family, idempotency_key)
         )
         if makes_a_job:
             jobs.check_quota(session, caller.tenant, max_active_jobs=here.settings.max_active_jobs)
@@ -75,7 +75,9 @@ def _store(
     request_id: str,
 ) -> tuple[Job, bool]:
     with here.database.write() as session:
-        retention.reserve_blobs(session, list(keys.values()))
+        retention.reserve_blobs(
+            session, {keys[role]: file.bytes for role, file in form.files.items()}
+        )
     for role, file in form.files.items():
         here.store.put(keys[role], file.path)
     new = NewJob(

@@ -103,7 +103,7 @@ TRIGGER_PICTURE = (
 _STATUSES = {
     400: "The body is not a complete form.",
     401: "The token is missing or not valid.",
-    403: "A foreign origin.",
+    403: "The token lacks the scope, which `WWW-Authenticate` names; or a foreign origin.",
     404: "There is no such job, or it has no such file.",
     409: "The job's state does not allow it.",
     410: "No longer kept.",
@@ -111,10 +111,10 @@ _STATUSES = {
     416: "The range lies outside the file.",
     421: "A foreign host.",
     422: "The request cannot be carried out; `code` and `hint` say why.",
-    429: "Too many unfinished jobs.",
+    429: "Too many requests, or unfinished jobs, for one tenant; `Retry-After` says when to come back.",
     500: "The service failed.",
     503: "Not yet: try again after `Retry-After`.",
-    507: "No space left.",
+    507: "The tenant's storage quota is used up, or no space is left.",
 }
 
 _PROBLEM_SCHEMA = f"#/components/schemas/{ProblemView.__name__}"

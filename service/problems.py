@@ -16,6 +16,7 @@ STATUSES: Mapping[type[Problem], int] = {
     NotYet: 503,
     Fault: 500,
     errors.Unauthorised: 401,
+    errors.InsufficientScope: 403,
     errors.HostNotAllowed: 421,
     errors.OriginNotAllowed: 403,
     errors.NotFound: 404,
@@ -23,6 +24,8 @@ STATUSES: Mapping[type[Problem], int] = {
     errors.NotMultipart: 400,
     errors.TooLarge: 413,
     errors.QuotaExceeded: 429,
+    errors.TooManyRequests: 429,
+    errors.InsufficientStorage: 507,
     errors.NoSuchCandidate: 404,
     errors.NoSuchTrigger: 404,
     errors.NoModel: 409,
@@ -75,6 +78,10 @@ def answer(
         own["Retry-After"] = str(problem.retry_after_seconds)
     if isinstance(problem, errors.Unauthorised):
         own["WWW-Authenticate"] = 'Bearer realm="weightwash"'
+    if isinstance(problem, errors.InsufficientScope):  # RFC 6750, section 3.1
+        own["WWW-Authenticate"] = (
+            f'Bearer realm="weightwash", error="insufficient_scope", scope="{problem.scope}"'
+        )
     if isinstance(problem, errors.Unavailable | errors.QuotaExceeded):
         own["Retry-After"] = "5"
     return Response(

@@ -18,10 +18,12 @@ from service import downloads
 from service.admission import admit
 from service.auth import Principal
 from service.context import (
-    Caller,
+    Admin,
     Context,
     Here,
     JobId,
+    Reader,
+    Submitter,
     base_url,
     in_thread,
     json_answer,
@@ -63,7 +65,7 @@ router = APIRouter(responses=PROBLEM_RESPONSES)
 async def create_job(  # noqa: D103 - the summary above says it
     request: Request,
     here: Here,
-    caller: Caller,
+    caller: Submitter,
     background: BackgroundTasks,
     wait: Wait = None,
     dry_run: Annotated[bool, Query(description="Check everything, queue nothing.")] = False,
@@ -92,7 +94,7 @@ async def create_job(  # noqa: D103 - the summary above says it
                 )
             )
         idempotency = idempotency_key and Idempotency(
-            token=caller.token, key=idempotency_key, fingerprint=form.fingerprint
+            token=caller.family, key=idempotency_key, fingerprint=form.fingerprint
         )
         job, is_replay = await run_in_threadpool(
             accept, here, caller, form, admitted, idempotency or None, _request_id(request)
@@ -127,7 +129,7 @@ async def create_job(  # noqa: D103 - the summary above says it
 async def list_jobs(  # noqa: D103
     request: Request,
     here: Here,
-    caller: Caller,
+    caller: Reader,
     state: State | None = None,
     verdict: Literal["clean", "backdoored", "inconclusive"] | None = None,
     sha256: Annotated[
@@ -162,7 +164,7 @@ async def list_jobs(  # noqa: D103
     responses={304: {"description": "It is as `If-None-Match` says."}},
 )
 async def read_job(  # noqa: D103
-    request: Request, here: Here, caller: Caller, job_id: JobId, wait: Wait = None
+    request: Request, here: Here, caller: Reader, job_id: JobId, wait: Wait = None
 ) -> Response:
     job = await _wait_for_end(request, here, caller, job_id, wait)
     if wants_text(request):
@@ -175,7 +177,7 @@ async def read_job(  # noqa: D103
 
 @router.post("/jobs/{job_id}/cancel", response_model=JobView, summary="Cancel a job")
 async def cancel_job(  # noqa: D103
-    request: Request, here: Here, caller: Caller, job_id: JobId
+    request: Request, here: Here, caller: Submitter, job_id: JobId
 ) -> Response:
     job = await in_thread(
         here.database,
@@ -191,7 +193,7 @@ async def cancel_job(  # noqa: D103
 
 
 @router.delete("/jobs/{job_id}", status_code=204, summary="Delete a job's files")
-async def delete_job(here: Here, caller: Caller, job_id: JobId) -> Response:  # noqa: D103
+async def delete_job(here: Here, caller: Admin, job_id: JobId) -> Response:  # noqa: D103
     await in_thread(
         here.database,
         lambda session: jobs.purge(

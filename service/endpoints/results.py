@@ -33,7 +33,7 @@ from common.errors import (
 from common.spec import JobSpec
 from service import downloads, problems
 from service.auth import Principal
-from service.context import Caller, Context, Here, JobId, base_url, in_thread, json_answer
+from service.context import Context, Here, JobId, Reader, base_url, in_thread, json_answer
 from service.downloads import Download
 from service.openapi import PROBLEM_RESPONSES, TRIGGER_ARRAYS, TRIGGER_PICTURE
 from service.schemas import Links, job_view, progress_line
@@ -64,7 +64,7 @@ router = APIRouter(responses=PROBLEM_RESPONSES)
 async def read_model(  # noqa: D103
     request: Request,
     here: Here,
-    caller: Caller,
+    caller: Reader,
     job_id: JobId,
     format: Annotated[  # noqa: A002 - the name clients use
         Literal["pt", "safetensors"] | None, Query(description="The uploaded format is kept.")
@@ -87,7 +87,7 @@ async def read_model(  # noqa: D103
     responses={200: {"description": "One line.", "content": {"text/plain": {}}}},
 )
 async def read_model_digest(  # noqa: D103
-    here: Here, caller: Caller, job_id: JobId, candidate: Candidate = None
+    here: Here, caller: Reader, job_id: JobId, candidate: Candidate = None
 ) -> Response:
     job = await in_thread(here.database, lambda s: _ended_with_model(s, caller, job_id))
     model = _model(job, candidate)
@@ -109,7 +109,7 @@ async def read_model_digest(  # noqa: D103
     },
 )
 async def read_triggers(  # noqa: D103
-    request: Request, here: Here, caller: Caller, job_id: JobId
+    request: Request, here: Here, caller: Reader, job_id: JobId
 ) -> Response:
     job = await in_thread(here.database, lambda s: _ended_with_model(s, caller, job_id))
     return await _send(request, here, _trigger_file(job, TRIGGERS, "triggers.npz"))
@@ -132,7 +132,7 @@ async def read_triggers(  # noqa: D103
 async def read_trigger_image(  # noqa: D103
     request: Request,
     here: Here,
-    caller: Caller,
+    caller: Reader,
     job_id: JobId,
     number: Annotated[
         int, Path(ge=0, description="Its place in the report's `evidence.triggers`, from 0.")
@@ -152,7 +152,7 @@ async def read_trigger_image(  # noqa: D103
     responses={200: {"description": "The report.", "content": {"application/json": {}}}},
 )
 async def read_report(  # noqa: D103
-    request: Request, here: Here, caller: Caller, job_id: JobId
+    request: Request, here: Here, caller: Reader, job_id: JobId
 ) -> Response:
     def fetch(session: Session) -> dict[str, Any]:
         job = _ended(session, caller, job_id)

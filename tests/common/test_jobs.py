@@ -186,7 +186,7 @@ def sweep(
 def reserve(database: Database, *keys: str) -> None:
     """Reserve in a transaction of its own."""
     with database.write() as session:
-        retention.reserve_blobs(session, keys)
+        retention.reserve_blobs(session, dict.fromkeys(keys, 3))
 
 
 def put(store: FileBlobStore, key: str, content: bytes = b"abc") -> None:
@@ -230,7 +230,7 @@ def test_write_that_raises_leaves_nothing(database: Database) -> None:
 
     def half_a_write() -> None:
         with database.write() as session:
-            retention.reserve_blobs(session, [MODEL])
+            retention.reserve_blobs(session, {MODEL: 3})
             lease = jobs.claim(session, worker="w", lease_seconds=LEASE_SECONDS, job_id=job_id)
             assert lease is not None
             raise RuntimeError
@@ -1079,7 +1079,7 @@ def test_sweep_during_a_reservation_leaves_the_file(
     put(store, MODEL)
     with ThreadPoolExecutor(1) as pool:
         with database.write() as session:
-            retention.reserve_blobs(session, [MODEL])
+            retention.reserve_blobs(session, {MODEL: 3})
             swept = pool.submit(sweep, database, store)
             time.sleep(0.2)
         assert swept.result().orphans == 0

@@ -1,5 +1,6 @@
 """The migrations make the schema that the code expects, whoever runs them and however often."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -10,9 +11,9 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect
+from sqlalchemy import inspect, select, text
 
-from common.db import Base, Database
+from common.db import Base, Blob, Database, Job, Token
 from migrations.migrate import is_current, upgrade
 
 ROOT = Path(__file__).parents[2]
@@ -114,3 +115,53 @@ def test_downgrade_to_base_leaves_no_table(database: Database) -> None:
     assert not is_current(database)
     upgrade(database)
     assert is_current(database)
+
+
+def test_rows_of_before_the_quotas_keep_their_rights_and_count(empty_database: Database) -> None:
+    """Tokens may do all that they could; stored files count with the sizes that their jobs know."""
+    config = Config()
+    config.set_main_option("script_location", str(ROOT / "migrations"))
+    at, key = "2026-01-01 00:00:00.000000", f"uploads/acme/{'a' * 64}"
+    old: list[tuple[str, dict[str, object]]] = [
+        (
+            "tokens",
+            {"id": "t1", "name": "ci", "tenant": "acme", "secret_sha256": b"s", "created_at": at},
+        ),
+        ("blobs", {"key": key, "touched_at": at}),
+        *(
+            (
+                "jobs",
+                {
+                    "id": job_id, "tenant": "acme", "state": state, "created_at": at,
+                    "request_id": "r", "spec": json.dumps({"model": {"bytes": 40}}),
+                    "priority": 0, "model_sha256": "a", "metadata": "{}", "attempt": 0,
+                    "memory_failures": 0, "cancel_requested": False, "progress": "{}",
+                    "output_bytes": output_bytes, "purged_at": purged_at,
+                },
+            )
+            for job_id, state, output_bytes, purged_at in (
+                ("queued", "queued", None, None),
+                ("done", "succeeded", 30, None),
+                ("gone", "succeeded", 30, at),
+                ("failed", "failed", None, None),
+            )
+        ),
+        ("job_blobs", {"job_id": "queued", "role": "model", "blob_key": key}),
+    ]  # fmt: skip
+    with empty_database.connect_to_write() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0003")
+        for table, row in old:
+            values = ", ".join(f":{name}" for name in row)
+            connection.execute(
+                text(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})"), row
+            )
+    upgrade(empty_database)
+    with empty_database.read() as session:
+        token = session.scalars(select(Token)).one()
+        assert (token.scopes, token.family) == ("submit read admin", "t1")
+        assert token.last_used_at is None
+        blob = session.scalars(select(Blob)).one()
+        assert (blob.tenant, blob.bytes) == ("acme", 40)
+        found = {job.id: job.stored_bytes for job in session.scalars(select(Job))}
+        assert found == {"queued": 40, "done": 30, "gone": 0, "failed": 0}

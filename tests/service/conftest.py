@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from common.settings import Auth, Settings
 from migrations.migrate import upgrade
 from service import auth
 from service.app import create_app
+from service.auth import EVERY_SCOPE, Scope
 from service.context import Context
 from tests.service.forms import Change, content_type, encoded, parts
 
@@ -89,12 +90,21 @@ class Service:
             self.app.state.context = own
 
     def token(
-        self, tenant: str, *, name: str | None = None, expires_in_seconds: float | None = None
+        self,
+        tenant: str,
+        *,
+        name: str | None = None,
+        scopes: Iterable[Scope] = EVERY_SCOPE,
+        expires_in_seconds: float | None = None,
     ) -> dict[str, str]:
         """Make a token of *tenant* and return the header that shows it."""
         with self.database.write() as session:
             token = auth.create_token(
-                session, name or tenant, tenant=tenant, expires_in_seconds=expires_in_seconds
+                session,
+                name or tenant,
+                tenant=tenant,
+                scopes=scopes,
+                expires_in_seconds=expires_in_seconds,
             )
         return {"Authorization": f"Bearer {token}"}
 

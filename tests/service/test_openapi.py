@@ -62,7 +62,31 @@ def test_it_says_how_to_show_a_token() -> None:
     assert not others
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
     for path, _, operation in operations():
-        assert operation.get("security") == ([{name: []}] if "/jobs" in path else None)
+        assert ("/jobs" in path) == ("security" in operation)
+        for needed in operation.get("security", []):
+            assert set(needed) == {name}
+
+
+@pytest.mark.parametrize(
+    ("verb", "path", "scope"),
+    [
+        ("post", "/jobs", "submit"),
+        ("post", "/jobs/{job_id}/cancel", "submit"),
+        ("delete", "/jobs/{job_id}", "admin"),
+    ],
+)
+def test_it_says_which_scope_changes_something(verb: str, path: str, scope: str) -> None:
+    """Whatever changes a job names its scope, which is explained where tokens are."""
+    operation = document()["paths"][path][verb]
+    assert operation["security"] == [{"HTTPBearer": [scope]}]
+    assert f"`{scope}`" in document()["components"]["securitySchemes"]["HTTPBearer"]["description"]
+
+
+def test_whatever_only_looks_takes_the_scope_read() -> None:
+    """Every GET that needs a token needs one that may read, and no other scope."""
+    for _, verb, operation in operations():
+        if verb == "get" and "security" in operation:
+            assert operation["security"] == [{"HTTPBearer": ["read"]}]
 
 
 def test_it_has_the_shape_of_openapi() -> None:

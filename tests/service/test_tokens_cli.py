@@ -31,7 +31,7 @@ def tokens(folder: Path, *arguments: str, **settings: str) -> subprocess.Complet
 
 def test_token_is_made_listed_and_revoked(tmp_path: Path) -> None:
     """The token is printed alone, works, is listed without its secret, and ends when revoked."""
-    made = tokens(tmp_path, "create", "ci", "--tenant", "acme", "--expires-days", "30")
+    made = tokens(tmp_path, "create", "ci", "--tenant", "acme", "--expires-in", "30d")
     assert made.returncode == 0, made.stderr
     token = made.stdout.strip()
     assert made.stdout == token + "\n"
@@ -67,12 +67,62 @@ def test_name_that_is_no_word_is_refused(tmp_path: Path) -> None:
     assert "is not a name" in run.stderr
 
 
-@pytest.mark.parametrize("days", ["nan", "inf", "1e300", "0", "-1", "3651", "soon"])
-def test_life_that_is_no_life_is_refused(tmp_path: Path, days: str) -> None:
+def test_token_is_rotated_with_its_scopes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The new token is printed alone; until the overlap is over the list shows both as live."""
+    monkeypatch.setenv("WEIGHTWASH_DATA_DIR", str(tmp_path))
+
+    def said(*arguments: str) -> list[str]:
+        assert main(["tokens", *arguments]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    (old,) = said("create", "ci", "--scope", "read", "--scope", "admin")
+    (new,) = said("rotate", old.split("_")[1], "--overlap", "12h")
+    old_id, new_id = (token.split("_")[1] for token in (old, new))
+    lines = said("list")
+    assert [line.split()[:3] for line in lines] == [
+        [old_id, "live", "read,admin"],
+        [new_id, "live", "read,admin"],
+    ]
+    assert f"replaced by {new_id}" in lines[0]
+    assert "expires never" not in lines[0]
+    assert "expires never  used never" in lines[1]
+    assert main(["tokens", "rotate", old_id]) == 1
+    again = capsys.readouterr()
+    assert again.out == ""
+    assert len(again.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("scope", ["write", "", "READ", "read,admin"])
+def test_scope_that_there_is_not_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], scope: str
+) -> None:
+    """A slip makes no token; the message lists the scopes."""
+    monkeypatch.setenv("WEIGHTWASH_DATA_DIR", str(tmp_path))
+    with pytest.raises(SystemExit) as refused:
+        main(["tokens", "create", "ci", "--scope", scope])
+    assert refused.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    for word in ("submit", "read", "admin"):
+        assert word in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "life", ["nan", "inf", "1e300d", "0d", "-1d", "3651d", "30", "1.5d", "9999999999d", "soon", ""]
+)
+def test_life_that_is_no_life_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], life: str
+) -> None:
     """A token never lives longer than it was meant to because of a slip."""
-    run = tokens(tmp_path, "create", "ci", f"--expires-days={days}")
-    assert run.returncode == 2
-    assert run.stdout == ""
+    monkeypatch.setenv("WEIGHTWASH_DATA_DIR", str(tmp_path))
+    with pytest.raises(SystemExit) as refused:
+        main(["tokens", "create", "ci", f"--expires-in={life}"])
+    assert refused.value.code == 2
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_open_door_is_refused(
