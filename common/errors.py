@@ -191,7 +191,7 @@ class InsufficientStorage(Refused):
     code = "insufficient-storage"
     title = "Storage quota used up"
     default_hint = (
-        "Delete jobs whose files are no longer needed (DELETE /jobs/{id} frees them within seconds), "
+        "Delete jobs whose files are no longer needed (DELETE /jobs/{id}, scope admin, within seconds), "
         "wait until some expire, or ask the operator to raise WEIGHTWASH_MAX_STORED_BYTES."
     )
 

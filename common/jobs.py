@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, and_, delete, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
-from common import artefacts, retention
+from common import artefacts, quotas, retention
 from common.artefacts import Artefact
 from common.blobs import BlobStore
 from common.db import (
@@ -38,7 +38,6 @@ from common.errors import (
     NotFound,
     OutOfMemory,
     Problem,
-    QuotaExceeded,
     Refused,
     WorkerLost,
 )
@@ -51,7 +50,6 @@ MAX_MEMORY_FAILURES = 2
 
 _RING_LIMIT = 100
 _SWEEP_LOCK = 0x53574550  # any constant of ours
-_QUOTA_LOCK = 0x51554F54  # another one
 
 QUEUED_PROGRESS: Mapping[str, Any] = {
     "phase": "queued",
@@ -73,6 +71,7 @@ class NewJob:
     request_id: str
     spec: dict[str, Any]
     model_sha256: str
+    model_bytes: int  # what it will leave is about as large
     blobs: Mapping[str, str]  # role -> blob key
     client_metadata: dict[str, Any]
     priority: int = 0
@@ -108,43 +107,30 @@ def is_key_known(session: Session, tenant: str, token: str, key: str) -> bool:
     return session.get(IdempotencyKey, (tenant, token, key)) is not None
 
 
-def check_quota(session: Session, tenant: str, *, max_active_jobs: int) -> None:
-    """
-    Refuse a tenant that has too many unfinished jobs.
-
-    Raises:
-        QuotaExceeded: It has *max_active_jobs* or more.
-    """
-    active = session.scalar(
-        select(func.count())
-        .select_from(Job)
-        .where(Job.tenant == tenant, Job.state.in_([State.QUEUED, State.RUNNING]))
-    )
-    if (active or 0) >= max_active_jobs:
-        raise QuotaExceeded(f"{active} jobs are unfinished; {max_active_jobs} are allowed.")
-
-
 def create(
     session: Session,
     new: NewJob,
     *,
     max_active_jobs: int,
+    max_stored_bytes: int = 0,
     idempotency: Idempotency | None = None,
 ) -> Job:
     """
-    Insert a queued job with its claims on stored files.
+    Insert a queued job with its claims on stored files, which have been reserved before.
 
     Raises:
         QuotaExceeded: The tenant has too many unfinished jobs.
+        InsufficientStorage: The tenant's files take up too much.
         sqlalchemy.exc.IntegrityError: Another request has just used the same idempotency key.
     """
-    # Requests that count at once would all find room; SQLite has one writer anyway.
-    if is_postgres(session):
-        session.execute(
-            text("SELECT pg_advisory_xact_lock(:space, hashtext(:tenant))"),
-            {"space": _QUOTA_LOCK, "tenant": new.tenant},
-        )
-    check_quota(session, new.tenant, max_active_jobs=max_active_jobs)
+    quotas.take_turns(session, new.tenant)
+    quotas.check_active_jobs(session, new.tenant, max_active_jobs=max_active_jobs)
+    quotas.check_storage(
+        session,
+        new.tenant,
+        adding_bytes=new.model_bytes,
+        max_stored_bytes=max_stored_bytes,
+    )
     deadline = new.cancel_after_seconds
     job = Job(
         id=f"job_{secrets.token_hex(12)}",
@@ -161,6 +147,7 @@ def create(
         memory_failures=0,
         cancel_requested=False,
         progress=dict(QUEUED_PROGRESS),
+        stored_bytes=new.model_bytes,
     )
     session.add(job)
     session.flush()
@@ -340,6 +327,7 @@ class Outcome:
     output_sha256: str
     output_bytes: int
     artefacts: Mapping[str, Artefact] = field(default_factory=dict)
+    beside_bytes: int = 0  # what the artefacts take up as they are stored
 
 
 def finish(
@@ -350,7 +338,11 @@ def finish(
         update(Job)
         .where(_held(lease), Job.cancel_requested.is_(False))
         .values(
-            **_ending(State.SUCCEEDED, retention_seconds),
+            **_ending(
+                State.SUCCEEDED,
+                retention_seconds,
+                stored_bytes=outcome.output_bytes + outcome.beside_bytes,
+            ),
             verdict=outcome.verdict,
             remediation=outcome.remediation,
             report=outcome.report,
@@ -570,9 +562,10 @@ def _update_held(
     return row
 
 
-def _ending(state: State, retention_seconds: float) -> dict[str, Any]:
+def _ending(state: State, retention_seconds: float, *, stored_bytes: int = 0) -> dict[str, Any]:
     return {
         "state": state,
+        "stored_bytes": stored_bytes,
         "finished_at": now(),
         # An expiry that is already set is a client's DELETE, which the end of the job must not undo.
         "expires_at": func.coalesce(Job.expires_at, now(retention_seconds)),

@@ -33,7 +33,8 @@ def reserve_blobs(session: Session, sizes: Mapping[str, int]) -> None:
     Announce that blobs of these *sizes* are about to be stored: the sweep leaves them alone.
 
     Call it in a transaction of its own before the files are moved to their place: the sweep deletes
-    file and row under the row's lock, and only rows that nobody has touched for the grace time.
+    file and row under the row's lock, and only rows that nobody has touched for the grace time. From
+    here on they count as their tenant's, as long as the row is there.
     """
     insert = postgresql.insert if is_postgres(session) else sqlite.insert
     for key in sorted(sizes):  # sorted: two requests that lock the same rows agree on the order
@@ -88,7 +89,9 @@ def sweep_expired(session: Session, store: BlobStore) -> int:
             for name in job.artefacts or ():
                 store.delete(artefact_key(job.output_key, name))
         drop_unclaimed_blobs(session, store, _uploads(job))
-        session.execute(update(Job).where(Job.id == job.id).values(purged_at=now(), report=None))
+        session.execute(
+            update(Job).where(Job.id == job.id).values(purged_at=now(), report=None, stored_bytes=0)
+        )
     return len(expired)
 
 

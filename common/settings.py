@@ -87,6 +87,14 @@ class Settings(BaseSettings):
     max_active_jobs: int = Field(
         1000, gt=0, description="Queued and running jobs that one tenant may have."
     )
+    max_stored_bytes: int = Field(
+        100 << 30,
+        ge=0,
+        description="What one tenant's uploads and results may take up; 0 for no limit.",
+    )
+    max_requests_per_minute: int = Field(
+        6000, ge=0, le=6_000_000, description="Requests that one tenant may make; 0 for no limit."
+    )
 
     lease_seconds: float = Field(45.0, gt=0, description="Life of a lease without a heartbeat.")
     heartbeat_seconds: float = Field(10.0, gt=0, description="Time between two heartbeats.")

@@ -30,6 +30,7 @@ from common.folders import ProcessFolder, sweep_dead_folders
 from common.queue import doorbell
 from common.settings import Settings
 from common.sweeper import Sweeper
+from common.throttle import Throttle
 from service import problems
 from service.context import Context
 from service.edge import Edge
@@ -67,6 +68,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> F
             database=database,
             store=store,
             bell=bell,
+            throttle=Throttle(database, max_requests_per_minute=settings.max_requests_per_minute),
             uploads=uploads.path,
             stopping=stopping or threading.Event(),
         )

@@ -21,6 +21,7 @@ from common.db import Database
 from common.errors import NotFound
 from common.queue import Doorbell
 from common.settings import Settings
+from common.throttle import Throttle
 from service import auth
 from service.auth import Principal, Scope
 
@@ -39,6 +40,7 @@ class Context:
     database: Database
     store: BlobStore
     bell: Doorbell
+    throttle: Throttle
     uploads: Path
     stopping: threading.Event  # set when the process was asked to stop: nobody is kept waiting then
 
@@ -76,11 +78,12 @@ async def _principal(
 
 
 def _admit(here: Context, authorization: str | None) -> Principal:
-    """Return who is calling."""
+    """Return who is calling, and count the request as theirs."""
     caller = auth.LOCAL
     if here.settings.requires_tokens:
         with here.database.read() as session:
             caller = auth.authenticate(session, authorization)
+    here.throttle.spend(caller.tenant)
     if not caller.is_use_recorded:
         try:
             with here.database.write() as session:

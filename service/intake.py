@@ -7,7 +7,7 @@ import structlog
 from fastapi import Request
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from common import jobs, retention
+from common import jobs, quotas, retention
 from common.blobs import upload_key
 from common.db import Job
 from common.errors import NoSpace, Unavailable
@@ -35,7 +35,16 @@ def check_room(
             and jobs.is_key_known(session, caller.tenant, caller.family, idempotency_key)
         )
         if makes_a_job:
-            jobs.check_quota(session, caller.tenant, max_active_jobs=here.settings.max_active_jobs)
+            quotas.check_active_jobs(
+                session, caller.tenant, max_active_jobs=here.settings.max_active_jobs
+            )
+            # Whether some of it is stored already cannot be known before it is read.
+            quotas.check_storage(
+                session,
+                caller.tenant,
+                adding_bytes=announced_bytes,
+                max_stored_bytes=here.settings.max_stored_bytes,
+            )
     if shutil.disk_usage(here.uploads).free < announced_bytes:
         raise NoSpace
 
@@ -85,6 +94,7 @@ def _store(
         request_id=request_id,
         spec=admitted.spec.model_dump(mode="json"),
         model_sha256=admitted.spec.model.sha256,
+        model_bytes=admitted.spec.model.bytes,
         blobs=keys,
         client_metadata=admitted.client_metadata,
         priority=admitted.priority,
@@ -96,6 +106,7 @@ def _store(
                 session,
                 new,
                 max_active_jobs=here.settings.max_active_jobs,
+                max_stored_bytes=here.settings.max_stored_bytes,
                 idempotency=idempotency,
             )
             if not retention.claim_blobs(session, keys.values()):

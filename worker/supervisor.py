@@ -210,6 +210,7 @@ class Supervisor:
             **check_candidates(folder, result.evidence, check=lambda: _check(keeper)),
             **make_trigger_files(folder, result.evidence, spec),
         }
+        beside_bytes = sum((folder / name).stat().st_size for name in artefacts)
         key = output_key(lease.job_id, lease.attempt, lease.token)
         self._store.put(key, output)
         for name in artefacts:
@@ -222,6 +223,7 @@ class Supervisor:
             output_sha256=sha256,
             output_bytes=size,
             artefacts=artefacts,
+            beside_bytes=beside_bytes,
         )
 
     def _obey(self, lease: Lease, ended: Ended) -> None:

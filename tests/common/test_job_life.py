@@ -54,6 +54,7 @@ class JobLife(RuleBasedStateMachine):
             request_id="r",
             spec={},
             model_sha256="a" * 64,
+            model_bytes=3,
             blobs={"model": "uploads/acme/" + "a" * 64},
             client_metadata={},
             priority=priority,

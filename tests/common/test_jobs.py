@@ -68,6 +68,7 @@ def create(
         request_id="req_1",
         spec={"method": "none", "nested": {"seed": 1}},
         model_sha256=model_sha256,
+        model_bytes=3,
         blobs={"model": MODEL, "samples": SAMPLES} if blobs is None else blobs,
         client_metadata={"commit": "abc"},
         priority=priority,
@@ -1172,7 +1173,7 @@ def test_terminal_states_are_final(database: Database, store: FileBlobStore, sta
     sweep(database, store)
     after = snapshot(database, job_id)
     changed = {name for name, value in before.items() if after[name] != value}
-    assert changed <= {"expires_at", "purged_at", "report"}
+    assert changed <= {"expires_at", "purged_at", "report", "stored_bytes"}
 
 
 def test_deleted_row_takes_its_claims_along(database: Database) -> None:

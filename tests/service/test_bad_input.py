@@ -656,7 +656,7 @@ def test_chunked_honest_form_is_taken(service: Service) -> None:
 
 def test_announced_length_beyond_the_free_space_is_refused(start: Start) -> None:
     """A body for which there is no room is refused before it is read."""
-    with start(max_model_bytes=1 << 60) as service:
+    with start(max_model_bytes=1 << 60, max_stored_bytes=0) as service:
         status, body = ask(service, [], {"Content-Length": str(1 << 59)})
         assert status == 507
         assert json.loads(body)["code"] == "no-space"

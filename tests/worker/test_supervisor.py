@@ -107,6 +107,7 @@ class Bench:
             request_id="req",
             spec=spec.model_dump(mode="json"),
             model_sha256=model_sha256,
+            model_bytes=spec.model.bytes,
             blobs=blobs,
             client_metadata={},
         )
