@@ -162,7 +162,11 @@ def test_candidates_are_stored_beside_the_model(bench: Bench) -> None:
 
 
 def test_triggers_are_stored_beside_the_model(bench: Bench) -> None:
-    """Every trigger that was tried has its picture, and all of them are in one file of arrays."""
+    """
+    Every trigger that was tried has its picture, and all of them are in one file of arrays.
+
+    Its tenant is charged for what lies in the store, to the byte.
+    """
     job_id = bench.queue(method="auto", params=QUICK)
     assert bench.supervisor.run()
     row = bench.row(job_id)
@@ -174,6 +178,9 @@ def test_triggers_are_stored_beside_the_model(bench: Bench) -> None:
     for name in (TRIGGERS, *map(trigger_image_name, range(tried))):
         with bench.store.open(artefact_key(row.output_key, name)) as file:
             assert hashlib.sha256(file.read()).hexdigest() == stored[name].sha256
+    files = [path for path in (bench.store.folder / "outputs").rglob("*") if path.is_file()]
+    assert row.stored_bytes == sum(path.stat().st_size for path in files)
+    assert len(files) > tried + 2  # the model, its candidates, the arrays, the pictures
 
 
 def test_job_cancelled_at_the_last_moment_leaves_no_file(tmp_path: Path) -> None:
