@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from email.utils import format_datetime
 from typing import BinaryIO
-from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
@@ -17,6 +16,7 @@ from common import differences
 from common.artefacts import Artefact
 from common.blobs import BlobStore
 from common.errors import Expired, RangeNotSatisfiable
+from service.names import content_disposition
 
 _CHUNK_BYTES = 256 << 10
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
@@ -55,12 +55,6 @@ def requested_range(header: str | None, size: int) -> ByteRange | None:
     if start >= size:
         raise RangeNotSatisfiable
     return ByteRange(start, end)
-
-
-def content_disposition(name: str, *, kind: str = "attachment") -> str:
-    """Return a header that names the download for old and new clients alike (RFC 6266)."""
-    plain = name.encode("ascii", "replace").decode().replace("?", "_").replace('"', "_")
-    return f"{kind}; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,38 +2,37 @@
 Read a multipart form straight to disk.
 
 Each file is hashed while it is written, each limit checked as it is reached, nothing kept twice. No name
-and no length that the client sent is trusted: file names are for display, sizes are counted.
+and no length that the client sent is trusted: file names are for display, sizes are counted. The form
+itself is read by ``multipart``, in constant memory whatever is sent.
 """
 
 import errno
 import hashlib
 import re
 import shutil
-import unicodedata
 import uuid
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from streaming_form_data import ParseFailedException, StreamingFormDataParser
-from streaming_form_data.parser import UnexpectedPartException, parse_content_boundary
-from streaming_form_data.targets import BaseTarget
 
 from common.errors import (
     InvalidField,
     MissingField,
     NoSpace,
     NotMultipart,
-    Problem,
     TooLarge,
     UnknownField,
 )
 from common.settings import Settings
+from service.names import display_name
 
 FILES = ("model", "samples", "evaluation", "triggered")
 REQUIRED = ("model", "samples")
@@ -51,9 +50,15 @@ TEXTS = (
     "path",
 )
 
+MAX_PART_HEADERS = 8  # a form's part has two or three
+MAX_PART_HEADER_BYTES = 4096  # of one line: a long file name, fully encoded
 _BATCH_BYTES = 1 << 20  # what one trip to a thread parses, hashes and writes
-_MAX_NAME_LENGTH = 120
-_EPILOGUE_BYTES = 1024  # may follow the last delimiter; no client is known to send any
+# Before the first part, between parts and behind the last one; no client is known to send any there.
+_MAX_BYTES_OUTSIDE_PARTS = 64 << 10
+_BOUNDARY = re.compile(
+    r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]"
+)  # RFC 2046, 5.1.1
+_OPTION = re.compile(r";[ \t]*boundary", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +95,14 @@ async def received_form(request: Request, settings: Settings, root: Path) -> Asy
     Receive the form; its files are there until the block ends.
 
     Raises:
-        Refused: It is no complete form, holds an unknown field, or is too large.
+        Refused: It is no complete form, holds an unknown field, is too large or comes too slowly.
         NoSpace: The disk is full.
     """
+    boundary = announced_boundary(request.headers.get("content-type", ""))
     folder = root / uuid.uuid4().hex
     try:
         await run_in_threadpool(folder.mkdir)
-        yield await _receive(request, settings, folder)
+        yield await _receive(request, boundary, settings, folder)
     except OSError as exc:
         if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise NoSpace from exc
@@ -105,59 +111,44 @@ async def received_form(request: Request, settings: Settings, root: Path) -> Asy
         await run_in_threadpool(shutil.rmtree, folder, ignore_errors=True)
 
 
-def display_name(given: str | None, *, default: str) -> str:
-    """Return a client's file name without anything that a shell, a terminal or a header could act on."""
-    name = re.split(r"[/\\]", given or "")[-1]
-    name = unicodedata.normalize("NFC", name)
-    name = re.sub(r"[^\w.()+ -]", "_", name).strip(" .")[-_MAX_NAME_LENGTH:]
-    return name.lstrip("-. ") or default
-
-
-class _Target(BaseTarget, ABC):  # type: ignore[misc]  # the library has no types
+def announced_boundary(content_type: str) -> str:
     """
-    A part of the form.
+    Return the boundary that a ``Content-Type`` announces.
 
-    A problem is kept, not raised: it must not cross the parser, which is not written for it.
+    Raises:
+        NotMultipart: It announces no form, or a boundary that RFC 2046 does not have.
     """
+    kind, options = parse_options_header(content_type)
+    boundary: str = options.get("boundary", "")
+    if kind != "multipart/form-data":
+        raise NotMultipart("The Content-Type is not multipart/form-data.")
+    # Two boundaries would be two ways to read one body, here and in a proxy.
+    if len(_OPTION.findall(content_type)) != 1 or not _BOUNDARY.fullmatch(boundary):
+        raise NotMultipart("The Content-Type has no boundary of 1 to 70 allowed characters.")
+    return boundary
+
+
+class _Sink(ABC):
+    """Where one part of the form goes."""
 
     def __init__(self, field: str, limit: int) -> None:
-        super().__init__()
         self.field = field
         self.size = 0
-        self.is_complete = False
-        self.problem: Problem | OSError | None = None
         self._limit = limit
-        self._starts = 0
 
-    @property
-    def is_started(self) -> bool:
-        """Whether the form holds this part."""
-        return self._starts > 0
-
-    def on_start(self) -> None:
-        self._starts += 1
-        if self._starts > 1:
-            self.problem = InvalidField(f"The field {self.field!r} was sent twice.")
-
-    def on_data_received(self, chunk: bytes) -> None:
+    def take(self, chunk: bytes) -> None:
+        """Count the next bytes of the part, and keep them."""
         self.size += len(chunk)
-        if self.problem is None and self.size > self._limit:
-            self.problem = TooLarge(f"{self.field!r} is larger than {self._limit} bytes.")
-        if self.problem is None:
-            try:
-                self.keep(chunk)
-            except OSError as exc:
-                self.problem = exc
-
-    def on_finish(self) -> None:
-        self.is_complete = True
+        if self.size > self._limit:
+            raise TooLarge(f"{self.field!r} is larger than {self._limit} bytes.")
+        self.keep(chunk)
 
     @abstractmethod
     def keep(self, chunk: bytes) -> None:
-        """Take the next bytes of the part."""
+        """Keep the next bytes of the part."""
 
 
-class _TextTarget(_Target):
+class _TextSink(_Sink):
     def __init__(self, field: str, limit: int) -> None:
         super().__init__(field, limit)
         self._text = bytearray()
@@ -173,65 +164,130 @@ class _TextTarget(_Target):
             raise InvalidField(f"The field {self.field!r} is not UTF-8.") from exc
 
 
-class _FileTarget(_Target):
-    def __init__(self, field: str, limit: int, path: Path) -> None:
+class _FileSink(_Sink):
+    def __init__(self, field: str, limit: int, path: Path, given_name: str | None) -> None:
         super().__init__(field, limit)
-        self.path = path
+        self._path = path
+        self._name = display_name(given_name, default=field)
         self._digest = hashlib.sha256()
-        self._file: BinaryIO | None = None
-
-    def on_start(self) -> None:
-        super().on_start()
-        if self._file is None:
-            try:
-                self._file = self.path.open("xb")
-            except OSError as exc:
-                self.problem = exc
+        self._file: BinaryIO = path.open("xb")
 
     def keep(self, chunk: bytes) -> None:
         self._digest.update(chunk)
-        assert self._file is not None
         self._file.write(chunk)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     @property
     def uploaded(self) -> UploadedFile:
         return UploadedFile(
-            path=self.path,
-            name=display_name(self.multipart_filename, default=self.field),
-            sha256=self._digest.hexdigest(),
-            bytes=self.size,
+            path=self._path, name=self._name, sha256=self._digest.hexdigest(), bytes=self.size
         )
 
 
-async def _receive(request: Request, settings: Settings, folder: Path) -> Form:
-    limits = dict.fromkeys(FILES, settings.max_samples_bytes)
-    limits["model"] = settings.max_model_bytes
-    files = {name: _FileTarget(name, limits[name], folder / name) for name in FILES}
-    texts = {name: _TextTarget(name, settings.max_field_bytes) for name in TEXTS}
-    targets: list[_Target] = [*files.values(), *texts.values()]
-    try:
-        parser = StreamingFormDataParser(headers=request.headers, strict=True)
-        for target in targets:
-            parser.register(target.field, target)
-        last_delimiter = b"--" + parse_content_boundary(request.headers) + b"--"
-    except (ParseFailedException, ValueError, LookupError, AttributeError, TypeError) as exc:
-        # The standard library's header parser trips over some malformed types ("boundary*").
-        raise NotMultipart(f"The body is not a form: {exc}.") from exc
-    end, kept = b"", len(last_delimiter) + _EPILOGUE_BYTES
+class _Reader:
+    """A form that comes in pieces."""
+
+    def __init__(self, boundary: str, settings: Settings, folder: Path) -> None:
+        self._parser = PushMultipartParser(
+            boundary,
+            max_header_size=MAX_PART_HEADER_BYTES,
+            max_header_count=MAX_PART_HEADERS,
+            max_segment_count=len(FILES) + len(TEXTS),
+        )
+        self._settings = settings
+        self._folder = folder
+        self._files: dict[str, _FileSink] = {}
+        self._texts: dict[str, _TextSink] = {}
+        self._open: _Sink | None = None
+        self._bytes_outside = 0
+
+    def feed(self, batch: bytes) -> None:
+        """Take the next piece."""
+        self._bytes_outside += len(batch)
+        try:
+            for event in self._parser.parse(batch):
+                self._bytes_outside = 0
+                match event:
+                    case MultipartSegment():
+                        self._open = self._sink(event)
+                    case None:
+                        self._open = None
+                    case chunk:
+                        assert self._open is not None
+                        self._open.take(chunk)
+        except MultipartError as exc:
+            raise NotMultipart(f"The body is not a form: {exc}.") from exc
+        if self._open is None and self._bytes_outside > _MAX_BYTES_OUTSIDE_PARTS:
+            raise NotMultipart(
+                f"More than {_MAX_BYTES_OUTSIDE_PARTS} bytes of the body are in no part of the form."
+            )
+
+    def _sink(self, part: MultipartSegment) -> _Sink:
+        """
+        Return where *part* goes.
+
+        Raises:
+            NotMultipart: It has no name, can be read in two ways, or holds a form of its own.
+            InvalidField: There was such a part before.
+        """
+        if max(Counter(name for name, _ in part.headerlist).values()) > 1:
+            raise NotMultipart("A part of the form has the same header twice.")
+        if (part.content_type or "").startswith("multipart/"):
+            raise NotMultipart("A part of the form is a form itself.")
+        name = part.name
+        if not name:
+            raise NotMultipart("A part of the form has no name.")
+        if name in self._files or name in self._texts:
+            raise InvalidField(f"The field {name!r} was sent twice.")
+        if name in TEXTS:
+            text = self._texts[name] = _TextSink(name, self._settings.max_field_bytes)
+            return text
+        if name not in FILES:
+            known = ", ".join((*FILES, *TEXTS))
+            raise UnknownField(f"There is no field {name[:80]!r}; the fields are {known}.")
+        limit = (
+            self._settings.max_model_bytes if name == "model" else self._settings.max_samples_bytes
+        )
+        file = self._files[name] = _FileSink(name, limit, self._folder / name, part.filename)
+        return file
+
+    def form(self) -> Form:
+        """
+        Return the form, which has come to its end.
+
+        Raises:
+            NotMultipart: It has not.
+            MissingField: It lacks a file.
+        """
+        try:
+            self._parser.close()
+        except MultipartError as exc:
+            raise NotMultipart("The form ends before its last delimiter.") from exc
+        self.close()
+        missing = [name for name in REQUIRED if name not in self._files]
+        if missing:
+            raise MissingField(f"The form lacks {' and '.join(missing)}.")
+        return Form(
+            files={name: file.uploaded for name, file in self._files.items()},
+            texts={name: text.text for name, text in self._texts.items()},
+        )
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
+async def _receive(request: Request, boundary: str, settings: Settings, folder: Path) -> Form:
+    reader = _Reader(boundary, settings, folder)
     try:
         async for batch in _batches(request, settings.max_body_bytes):
-            await run_in_threadpool(_feed, parser, targets, batch)
-            end = (end + batch[-kept:])[-kept:]
-        if last_delimiter not in end:  # the parser is content with a form that stops anywhere
-            raise NotMultipart("The form ends before its last delimiter.")
-        return await run_in_threadpool(_complete, files, texts)
+            await run_in_threadpool(reader.feed, batch)
+        return await run_in_threadpool(reader.form)
     finally:
-        for file in files.values():
-            file.close()
+        reader.close()
 
 
 async def _batches(request: Request, limit: int) -> AsyncIterator[bytes]:
@@ -251,33 +307,3 @@ async def _batches(request: Request, limit: int) -> AsyncIterator[bytes]:
         raise NotMultipart("The connection ended before the form did.") from exc
     if batch:
         yield bytes(batch)
-
-
-def _feed(parser: StreamingFormDataParser, targets: list[_Target], batch: bytes) -> None:
-    try:
-        parser.data_received(batch)
-    except UnexpectedPartException as exc:
-        known = ", ".join((*FILES, *TEXTS))
-        raise UnknownField(
-            f"There is no field {str(exc.part_name)[:80]!r}; the fields are {known}."
-        ) from exc
-    except ParseFailedException as exc:
-        raise NotMultipart from exc
-    for target in targets:
-        if target.problem is not None:
-            raise target.problem
-
-
-def _complete(files: Mapping[str, _FileTarget], texts: Mapping[str, _TextTarget]) -> Form:
-    for target in (*files.values(), *texts.values()):
-        if target.is_started and not target.is_complete:
-            raise NotMultipart("The form ends in the middle of a field.")
-    for file in files.values():
-        file.close()
-    missing = [name for name in REQUIRED if not files[name].is_complete]
-    if missing:
-        raise MissingField(f"The form lacks {' and '.join(missing)}.")
-    return Form(
-        files={name: file.uploaded for name, file in files.items() if file.is_complete},
-        texts={name: text.text for name, text in texts.items() if text.is_complete},
-    )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import RangeNotSatisfiable
-from service.downloads import ByteRange, content_disposition, etag_matches, requested_range
+from service.downloads import ByteRange, etag_matches, requested_range
 
 SIZE = 100
 
@@ -99,14 +99,3 @@ def test_any_header_is_answered(header: str, size: int) -> None:
 def test_etag_is_compared_weakly(header: str | None, matches: bool) -> None:
     """``If-None-Match`` is met by any tag in its list, strong or weak."""
     assert etag_matches(header, '"a"') is matches
-
-
-@given(name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
-def test_disposition_is_one_header_line(name: str) -> None:
-    """Whatever the name, the header is ASCII without a line break and has one quoted part."""
-    plain = name.isprintable()
-    header = content_disposition(name)
-    assert header.isascii()
-    assert header.startswith('attachment; filename="')
-    assert header.count('"') == 2
-    assert not plain or header.isprintable()
