@@ -137,6 +137,38 @@ class MethodNotAllowed(Refused):
     default_hint = "The Allow header lists the verbs; /openapi.json describes them."
 
 
+class MalformedRequest(Refused):
+    """The request is not HTTP, or could be read in two ways."""
+
+    code = "malformed-request"
+    title = "Malformed request"
+    default_hint = "Send one request line, and each header once, as an HTTP library does."
+
+
+class TargetTooLong(Refused):
+    """The address is longer than this service reads."""
+
+    code = "target-too-long"
+    title = "Address too long"
+    default_hint = "Use an address that the service gave; long values go into the form."
+
+
+class HeadTooLarge(Refused):
+    """The request has more headers, or longer ones, than this service reads."""
+
+    code = "head-too-large"
+    title = "Headers too large"
+    default_hint = "Send fewer or shorter headers; cookies are not needed."
+
+
+class TooSlow(Refused):
+    """The request came too slowly."""
+
+    code = "too-slow"
+    title = "Too slow"
+    default_hint = "Send it again over a faster connection, or ask the operator to lower the limit."
+
+
 class NotMultipart(Refused):
     """The body is not a complete multipart/form-data form."""
 
@@ -483,6 +515,14 @@ class StillRunning(NotYet):
     code = "still-running"
     title = "The job has not ended"
     default_hint = "Ask again after Retry-After (curl --retry does), or GET the job with ?wait=50."
+
+
+class Busy(NotYet):
+    """The service is at the limit of what it takes at once."""
+
+    code = "busy"
+    title = "Busy"
+    default_hint = "Send the request again after the seconds that Retry-After gives."
 
 
 class NoSpace(Fault):

@@ -96,6 +96,31 @@ class Settings(BaseSettings):
         6000, ge=0, le=6_000_000, description="Requests that one tenant may make; 0 for no limit."
     )
 
+    max_connections: int = Field(
+        512, gt=0, description="Connections at once; more are told to come back."
+    )
+    max_uploads: int = Field(64, gt=0, description="Uploads at once, of all tenants.")
+    max_uploads_per_tenant: int = Field(32, gt=0, description="Uploads at once, of one tenant.")
+    max_head_bytes: int = Field(
+        32 << 10, ge=1024, description="Largest request line and headers together."
+    )
+    max_headers: int = Field(100, ge=10, description="Most headers of a request.")
+    max_target_bytes: int = Field(
+        8 << 10, ge=256, description="Longest address with its query in a request line."
+    )
+    head_timeout_seconds: float = Field(
+        20.0, gt=0, description="Time until a request's last header has come."
+    )
+    keep_alive_seconds: int = Field(
+        15, gt=0, description="How long a connection may stay open between two requests."
+    )
+    min_transfer_bytes_per_second: int = Field(
+        1024, gt=0, description="Slowest upload or download that is not cut off."
+    )
+    transfer_window_seconds: float = Field(
+        60.0, gt=0, description="Time over which that rate is measured; also the longest pause."
+    )
+
     lease_seconds: float = Field(45.0, gt=0, description="Life of a lease without a heartbeat.")
     heartbeat_seconds: float = Field(10.0, gt=0, description="Time between two heartbeats.")
     cancel_poll_seconds: float = Field(

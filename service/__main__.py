@@ -18,6 +18,7 @@ from migrations.migrate import is_current, upgrade
 from service import auth
 from service.app import create_app
 from service.auth import Scope
+from service.connections import limited
 
 # Idle keep-alive connections hold the stop up for no longer than this.
 _SHUTDOWN_SECONDS = 3
@@ -110,8 +111,12 @@ def _serve(settings: Settings) -> int:
         create_app(settings, stopping),
         host=settings.host,
         port=settings.port,
+        http=limited(settings),
+        ws="none",
+        reset_contextvars=True,  # or the log names a pipelined request by its predecessor's id
+        timeout_keep_alive=settings.keep_alive_seconds,
         log_config=None,
-        access_log=False,
+        access_log=False,  # ours is the edge's, which leaves queries out
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,

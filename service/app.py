@@ -36,6 +36,7 @@ from service.context import Context
 from service.edge import Edge
 from service.endpoints import about, jobs, results
 from service.housekeeping import Housekeeper
+from service.slots import UploadSlots
 
 _DESCRIPTION = """
 Purify neural networks that you did not train: POST a checkpoint with a few clean samples, poll, and
@@ -70,6 +71,9 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> F
             bell=bell,
             throttle=Throttle(database, max_requests_per_minute=settings.max_requests_per_minute),
             uploads=uploads.path,
+            slots=UploadSlots(
+                most=settings.max_uploads, most_per_tenant=settings.max_uploads_per_tenant
+            ),
             stopping=stopping or threading.Event(),
         )
         housekeeper.start()

@@ -24,6 +24,7 @@ from common.settings import Settings
 from common.throttle import Throttle
 from service import auth
 from service.auth import Principal, Scope
+from service.slots import UploadSlots
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ class Context:
     bell: Doorbell
     throttle: Throttle
     uploads: Path
+    slots: UploadSlots
     stopping: threading.Event  # set when the process was asked to stop: nobody is kept waiting then
 
 

@@ -1,8 +1,10 @@
 """
 The outermost layer: what is checked of a request before any of it is parsed.
 
-It gives every request an id, turns away foreign hosts and origins, bodies that announce themselves as
-too large, and logs each answer. It is plain ASGI, because a framework would read the body first.
+It gives every request an id, turns away foreign hosts and origins, requests that can be read in two
+ways, and bodies that announce themselves as too large; it watches how fast a body comes, and logs each
+answer: the path without its query, no header, no body. It is plain ASGI, because a framework would read
+the body first.
 """
 
 import time
@@ -17,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from common.errors import (
     HostNotAllowed,
     InternalError,
+    MalformedRequest,
     NotMultipart,
     OriginNotAllowed,
     Problem,
@@ -24,12 +27,29 @@ from common.errors import (
 )
 from common.settings import LOOPBACK_HOSTS, Settings
 from service import problems
+from service.bodies import Body
 
 _SECURITY_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
 }
+# With two of one of these, whoever stands before us may have looked at the other one.
+_SINGLE_HEADERS = (
+    "authorization",
+    "content-length",
+    "content-type",
+    "expect",
+    "host",
+    "idempotency-key",
+    "if-range",
+    "origin",
+    "range",
+    "sec-fetch-site",
+    "transfer-encoding",
+)
+_MAX_LOGGED_PATH = 200
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +70,13 @@ class Edge:
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         status = 0
+        given = Headers(scope=scope)
+        body = Body(
+            given,
+            receive,
+            min_bytes_per_second=self._settings.min_transfer_bytes_per_second,
+            window_seconds=self._settings.transfer_window_seconds,
+        )
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -59,27 +86,28 @@ class Edge:
                 headers["X-Request-Id"] = request_id
                 for name, value in _SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
+                if not body.is_whole:  # nothing else can be read off this connection
+                    headers["Connection"] = "close"
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
-                self._check(Headers(scope=scope))
+                self._check(given)
             except Problem as problem:
                 response = problems.answer(
                     problem,
                     instance=scope["path"],
                     request_id=request_id,
-                    # The body is not read, so the connection cannot carry another request.
                     headers={"Connection": "close"},
                 )
-                await response(scope, receive, send_with_headers)
+                await response(scope, body.receive, send_with_headers)
             else:
-                await self._pass_on(scope, receive, send_with_headers)
+                await self._pass_on(scope, body.receive, send_with_headers)
             finally:
                 log.info(
                     "request",
                     method=scope["method"],
-                    path=scope["path"],
+                    path=scope["path"][:_MAX_LOGGED_PATH],
                     status=status,
                     milliseconds=round(1000 * (time.perf_counter() - started), 1),
                 )
@@ -105,6 +133,13 @@ class Edge:
             await response(scope, receive, send)
 
     def _check(self, headers: Headers) -> None:
+        for name in _SINGLE_HEADERS:
+            if len(headers.getlist(name)) > 1:
+                raise MalformedRequest(f"The header {name} is there more than once.")
+        if headers.get("transfer-encoding", "chunked").lower() != "chunked":
+            raise MalformedRequest("The only Transfer-Encoding is chunked.")
+        if "transfer-encoding" in headers and "content-length" in headers:
+            raise MalformedRequest("A body has a Transfer-Encoding or a Content-Length, not both.")
         if not self._settings.requires_tokens:
             _check_loopback(headers)
         length = headers.get("content-length")

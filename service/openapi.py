@@ -101,19 +101,22 @@ TRIGGER_PICTURE = (
 )
 
 _STATUSES = {
-    400: "The body is not a complete form.",
+    400: "The request is malformed, or its body is not a complete form.",
     401: "The token is missing or not valid.",
     403: "The token lacks the scope, which `WWW-Authenticate` names; or a foreign origin.",
     404: "There is no such job, or it has no such file.",
+    408: "The request came too slowly.",
     409: "The job's state does not allow it.",
     410: "No longer kept.",
     413: "Too large.",
+    414: "The address is too long.",
     416: "The range lies outside the file.",
     421: "A foreign host.",
     422: "The request cannot be carried out; `code` and `hint` say why.",
     429: "Too many requests, or unfinished jobs, for one tenant; `Retry-After` says when to come back.",
+    431: "Too many headers, or too long ones.",
     500: "The service failed.",
-    503: "Not yet: try again after `Retry-After`.",
+    503: "Not yet, or too busy: try again after `Retry-After`.",
     507: "The tenant's storage quota is used up, or no space is left.",
 }
 

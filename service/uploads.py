@@ -51,7 +51,7 @@ TEXTS = (
 )
 
 MAX_PART_HEADERS = 8  # a form's part has two or three
-MAX_PART_HEADER_BYTES = 4096  # of one line: a long file name, fully encoded
+MAX_PART_HEADER_BYTES = 8192  # of one line, which holds a file name of any length that exists
 _BATCH_BYTES = 1 << 20  # what one trip to a thread parses, hashes and writes
 # Before the first part, between parts and behind the last one; no client is known to send any there.
 _MAX_BYTES_OUTSIDE_PARTS = 64 << 10

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import re
 import time
+from contextlib import AsyncExitStack
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
@@ -79,7 +80,9 @@ async def create_job(  # noqa: D103 - the summary above says it
         idempotency_key=idempotency_key,
         dry_run=dry_run,
     )
-    async with received_form(request, here.settings, here.uploads) as form:
+    async with AsyncExitStack() as held:
+        held.enter_context(here.slots.taken(caller.tenant))
+        form = await held.enter_async_context(received_form(request, here.settings, here.uploads))
         admitted = await run_in_threadpool(admit, form, here.settings, here.database)
         if dry_run:
             return json_answer(
