@@ -130,3 +130,8 @@ PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     }
     for status, description in _STATUSES.items()
 }
+
+EDGE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: PROBLEM_RESPONSES[status] for status in (400, 403, 414, 421, 431, 500, 503)
+}
+"""What any address may answer, because it is decided before the address is looked at."""

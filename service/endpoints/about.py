@@ -12,10 +12,11 @@ from common.db import Database
 from migrations.migrate import is_current
 from service.admission import DEFAULT_METHOD
 from service.context import Here, json_answer
+from service.openapi import EDGE_RESPONSES
 from service.schemas import ArchitectureView, Catalogue, Check, Health, MethodView, Readiness
 
 log = structlog.get_logger(__name__)
-router = APIRouter()
+router = APIRouter(responses=EDGE_RESPONSES)
 
 
 @router.get("/architectures", response_model=Catalogue, summary="List architectures")
