@@ -331,14 +331,20 @@ class Database:
 def _engine(url: str) -> Engine:
     if make_url(url).get_backend_name() == "sqlite":
         return _sqlite_engine(url)
-    return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
+    return create_engine(
+        url,
+        pool_pre_ping=True,
+        pool_size=10,
+        max_overflow=20,
+        hide_parameters=True,  # an error that is logged would quote them: names, metadata, hashes
+    )
 
 
 def _sqlite_engine(url: str) -> Engine:
     if file := make_url(url).database:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     # As many connections as the service has threads; each is only a file handle.
-    engine = create_engine(url, connect_args={"timeout": 30}, pool_size=40)
+    engine = create_engine(url, connect_args={"timeout": 30}, pool_size=40, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
