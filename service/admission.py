@@ -44,6 +44,7 @@ from service.fields import (
     first_error,
     json_object,
     per_channel,
+    repository_path,
     validated,
     whole_number,
 )
@@ -125,7 +126,7 @@ def admit(form: Form, settings: Settings, database: Database) -> Admitted:
         seed=whole_number(texts, "seed", default=0, low=0, high=MAX_SEED),
         mean=per_channel(texts, "mean", channels),
         std=per_channel(texts, "std", channels),
-        path=texts.get("path"),
+        path=repository_path(texts),
     )
     if spec.std is not None and min(spec.std) < MIN_STD:
         raise InvalidField(f"'std' holds a value below {MIN_STD:g}.")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from common.errors import InvalidField, InvalidParameter, UnknownParameter
 
 MAX_CANCEL_AFTER_SECONDS = 30 * 86400
+MAX_PATH_LENGTH = 1024
 _MAX_JSON_DEPTH = 20
 _MAX_NORMALISATION = 1e4
 
@@ -166,3 +167,16 @@ def per_channel(texts: Mapping[str, str], field: str, channels: int) -> tuple[fl
     if max(map(abs, values)) > _MAX_NORMALISATION:
         raise InvalidField(f"{field!r} goes up to {_MAX_NORMALISATION:g}; images are in [0, 1].")
     return values
+
+
+def repository_path(texts: Mapping[str, str]) -> str | None:
+    """
+    Return the model's path in its repository, which reports show to people and to other programs.
+
+    Raises:
+        InvalidField: It is too long, or holds a character that is not printable, or turns the line round.
+    """
+    text = texts.get("path")
+    if text is not None and (len(text) > MAX_PATH_LENGTH or not text.isprintable()):
+        raise InvalidField(f"'path' is one line of at most {MAX_PATH_LENGTH} printable characters.")
+    return text

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from service.fields import MAX_PATH_LENGTH
 from service.schemas import ProblemView
 from service.uploads import FILES, REQUIRED
 
@@ -48,7 +49,11 @@ _TEXTS: dict[str, dict[str, Any]] = {
     },
     "cancel_after": {"type": "number", "description": "Seconds after which the job is cancelled."},
     "metadata": {"type": "string", "description": "JSON object that comes back with the job."},
-    "path": {"type": "string", "description": "The model's path in your repository."},
+    "path": {
+        "type": "string",
+        "maxLength": MAX_PATH_LENGTH,
+        "description": "The model's path in your repository: one printable line.",
+    },
 }
 
 CREATE_JOB: dict[str, Any] = {
