@@ -8,9 +8,11 @@ Laws, for every checkpoint ``c`` that the gate lets through:
 - the same checkpoint gives the same bytes.
 
 The loaders run no code: ``weights_only=True`` and safetensors, with no way around them. What they throw
-leaves this module as ``DamagedFile``.
+leaves this module as ``DamagedFile``, or as ``UnsafePickle`` where it names what they do not load; what
+they build is checked before anything asks it a question (``worker.containers``).
 """
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,11 +31,15 @@ from common.errors import (
     InternalError,
     NoStateDict,
     Refused,
-    UnsupportedFormat,
+    UnsafePickle,
     WeightsNotFinite,
 )
 from common.formats.model import PREFIX, WRAPPERS, ModelFormat
 from common.formats.safetensors import tensor_positions
+from worker.containers import bits, check, identical
+
+_UNKNOWN_GLOBAL = re.compile(r"GLOBAL (\S+)")
+"""How torch says that a pickle names what its loader does not know."""
 
 OPTIONAL_SUFFIX = ".num_batches_tracked"
 """Batch norm's counter, which checkpoints from before torch 0.4.1 lack and evaluation never reads."""
@@ -65,7 +71,8 @@ class Checkpoint:
         tensor = self.tensors[key]
         if values.shape != tensor.shape or values.dtype != tensor.dtype:
             raise ValueError(f"{key} is {tensor.dtype} {tuple(tensor.shape)} and stays so")
-        tensor.copy_(values)
+        with torch.no_grad():  # a parameter's values are its owner's to train, not ours to track
+            tensor.copy_(values)
         self._replaced.add(key)
 
 
@@ -75,7 +82,8 @@ def load(path: Path, model_format: ModelFormat) -> Checkpoint:
 
     Raises:
         DamagedFile: The loader refuses it.
-        UnsupportedFormat: A tensor in the state dict is sparse, quantised or of an odd type.
+        UnsafePickle: It names code, or a class that the loader does not know.
+        UnsupportedFormat: It holds other than plain values and dense tensors.
         WeightsNotFinite: A weight is NaN or infinite.
     """
     match model_format:
@@ -83,9 +91,11 @@ def load(path: Path, model_format: ModelFormat) -> Checkpoint:
             root = _load_torch(path)
         case ModelFormat.SAFETENSORS:
             root = _load_safetensors(path)
+    check(root)
     prefix, tensors = _find_tensors(root)
     for key, tensor in tensors.items():
-        _check_tensor(key, tensor)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise WeightsNotFinite(f"{key!r} holds a value that is NaN or infinite.")
     return Checkpoint(format=model_format, source=path, root=root, prefix=prefix, tensors=tensors)
 
 
@@ -120,11 +130,12 @@ def verify(checkpoint: Checkpoint, path: Path) -> None:
 
 def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
-    Copy the state dict into *model*, which keeps its own dtype and device.
+    Copy the state dict into *model*, which keeps its own dtype, device and contiguous layout.
 
     Raises:
-        ArchitectureMismatch: Keys or shapes are not the model's.
+        ArchitectureMismatch: Keys, shapes or kinds of numbers are not the model's.
     """
+    _check_forms(model, checkpoint)
     try:
         missing, unexpected = model.load_state_dict(dict(checkpoint.tensors), strict=False)
     except RuntimeError as exc:  # shapes
@@ -134,19 +145,28 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise ArchitectureMismatch(f"missing: {missing[:3]}; unexpected: {unexpected[:3]}")
 
 
-def identical(one: Any, other: Any) -> bool:
-    """Return whether two loaded containers hold the same keys, values, dtypes and bits."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return (
-            one.dtype == other.dtype
-            and one.shape == other.shape
-            and torch.equal(_bits(one), _bits(other))
-        )
-    if isinstance(one, dict) and isinstance(other, dict):
-        return list(one) == list(other) and all(identical(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(identical, one, other))
-    return type(one) is type(other) and (one == other or (one != one and other != other))  # noqa: PLR0124 - NaN
+def _check_forms(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """
+    Compare what torch would take silently: it makes whole numbers of floats, and a vector a scalar.
+
+    Floats may be of another width: the model computes in its own.
+    """
+    for key, meant in model.state_dict().items():
+        found = checkpoint.tensors.get(key)
+        if found is None:
+            continue
+        if key.endswith(OPTIONAL_SUFFIX):  # of old, or halved with everything else
+            fits = found.numel() == 1
+        else:
+            fits = (
+                found.shape == meant.shape
+                and found.is_floating_point() == meant.is_floating_point()
+            )
+        if not fits:
+            raise ArchitectureMismatch(
+                f"{key!r} is {found.dtype} {tuple(found.shape)}, not {meant.dtype} "
+                f"{tuple(meant.shape)}."[:500]
+            )
 
 
 def _load_torch(path: Path) -> Any:
@@ -164,15 +184,17 @@ def _load_torch(path: Path) -> Any:
         AssertionError,
     ) as exc:
         if "can't allocate memory" in str(exc):  # the machine's fault, not the file's
-            raise MemoryError(_first_line(exc)) from exc
-        raise DamagedFile(f"torch refuses the file: {_first_line(exc)}") from exc
+            raise MemoryError(_reason(exc)) from exc
+        if names_code := _UNKNOWN_GLOBAL.search(str(exc)):
+            raise UnsafePickle(f"The pickle names {names_code[1][:200]}.") from exc
+        raise DamagedFile(f"torch refuses the file: {_reason(exc)}") from exc
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         loaded = safetensors.torch.load_file(path, device="cpu")
     except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError) as exc:
-        raise DamagedFile(f"safetensors refuses the file: {_first_line(exc)}") from exc
+        raise DamagedFile(f"safetensors refuses the file: {_reason(exc)}") from exc
     return {key: loaded[key] for key in tensor_positions(path)}
 
 
@@ -187,12 +209,16 @@ def _save_safetensors(checkpoint: Checkpoint, path: Path) -> None:
     with path.open("r+b") as file:
         for key in sorted(checkpoint._replaced):
             file.seek(positions[checkpoint.prefix + key])
-            file.write(_bits(checkpoint.tensors[key]).numpy().tobytes())
+            file.write(bits(checkpoint.tensors[key]).numpy().tobytes())
 
 
-def _first_line(exc: Exception) -> str:
-    """Return what a loader says, without the advice that follows in its later lines."""
-    return (str(exc) or type(exc).__name__).splitlines()[0][:200]
+def _reason(exc: Exception) -> str:
+    """Return what a loader says, without its advice on how to load a file without a check."""
+    _, found, rest = str(exc).partition("WeightsUnpickler error: ")
+    said = rest if found else str(exc)
+    lines = said.splitlines()
+    advises = not lines or "weights_only" in lines[0] or "Weights only" in lines[0]
+    return type(exc).__name__ if advises else lines[0][:200]
 
 
 def _find_tensors(root: Any) -> tuple[str, dict[str, Tensor]]:
@@ -209,14 +235,3 @@ def _candidates(root: Any) -> Iterator[dict[Any, Any]]:
     if isinstance(root, dict):
         yield from (root[key] for key in WRAPPERS if isinstance(root.get(key), dict))
         yield root
-
-
-def _check_tensor(key: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
-        raise UnsupportedFormat(f"{key!r} is not a dense tensor of real numbers.")
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise WeightsNotFinite(f"{key!r} holds a value that is NaN or infinite.")
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

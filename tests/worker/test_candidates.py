@@ -15,6 +15,7 @@ from common.formats.model import ModelFormat
 from worker import checkpoints
 from worker.candidates import originals, write_candidates
 from worker.checkpoints import Checkpoint
+from worker.containers import identical
 from worker.purify.method import Purified
 
 Values = Mapping[str, Tensor]
@@ -86,7 +87,7 @@ def test_candidate_has_its_own_values_and_all_else_of_the_upload(
             key: values[key].to(tensor.dtype) if key in values else tensor
             for key, tensor in STATE.items()
         }
-        assert checkpoints.identical(dict(written.tensors), {k: meant[k] for k in original.tensors})
+        assert identical(dict(written.tensors), {k: meant[k] for k in original.tensors})
         if form is ModelFormat.TORCH:
             assert list(written.root) == ["net", "acc"]
             assert list(written.root["net"]) == list(original.root["net"])

@@ -1,20 +1,22 @@
 """Model files in and out: the laws of ``worker.checkpoints``."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from common.errors import ArchitectureMismatch, DamagedFile, UnsupportedFormat, WeightsNotFinite
+from common.errors import ArchitectureMismatch, DamagedFile, UnsafePickle, WeightsNotFinite
 from common.formats.model import ModelFormat
-from tests.support.inputs import cnn_state
 from worker import checkpoints
+from worker.containers import identical
 
 
 def _state() -> OrderedDict[str, Tensor]:
@@ -69,7 +71,7 @@ def test_loading_what_was_saved_gives_the_same(tmp_path: Path, root: Any) -> Non
     checkpoint = checkpoints.load(source, ModelFormat.TORCH)
     checkpoints.save(checkpoint, tmp_path / "copy.pt")
     copy = torch.load(tmp_path / "copy.pt", weights_only=True)
-    assert checkpoints.identical(copy, torch.load(source, weights_only=True))
+    assert identical(copy, torch.load(source, weights_only=True))
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path, root: Any) -> None:
@@ -163,9 +165,24 @@ class _Canary:
 def test_loader_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even without the gate before it, the loader refuses a pickle that calls something."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DamagedFile):
+    with pytest.raises(UnsafePickle, match=r"names getattr\.$") as caught:
         checkpoints.load(_written(tmp_path, {"net": _state(), "x": _Canary()}), ModelFormat.TORCH)
     assert not (tmp_path / "canary").exists()
+    assert 'torch.save(model.state_dict(), "model.pt")' in caught.value.hint
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_no_refusal_advises_to_load_unsafely(tmp_path: Path) -> None:
+    """What torch says of a file it refuses is passed on without the ways around it."""
+    for root in ({"w": torch.ones(2), "x": _Canary()}, {"w": torch.ones(2), "x": {1: np.ones(2)}}):
+        with pytest.raises(UnsafePickle) as caught:
+            checkpoints.load(_written(tmp_path, root), ModelFormat.TORCH)
+        said = str(caught.value.as_dict())
+        assert not re.search("weights_only|safe_globals|trust", said)
+    torch.save({"w": torch.ones(2)}, tmp_path / "p4.pt", pickle_protocol=4)
+    with pytest.raises(DamagedFile) as damaged:
+        checkpoints.load(tmp_path / "p4.pt", ModelFormat.TORCH)
+    assert not re.search("weights_only|safe_globals|trust", str(damaged.value.as_dict()))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no model at all" * 100])
@@ -188,23 +205,60 @@ def test_weights_are_finite(tmp_path: Path, value: float) -> None:
         checkpoints.load(_written(tmp_path, state), ModelFormat.TORCH)
 
 
-def test_sparse_and_complex_tensors_are_refused(tmp_path: Path) -> None:
-    """Only dense real tensors are weights."""
-    with pytest.raises((UnsupportedFormat, DamagedFile)):
-        checkpoints.load(_written(tmp_path, {"w": torch.eye(3).to_sparse()}), ModelFormat.TORCH)
-    with pytest.raises(UnsupportedFormat):
-        checkpoints.load(
-            _written(tmp_path, {"w": torch.zeros(2, dtype=torch.complex64)}), ModelFormat.TORCH
-        )
+def test_weights_in_any_layout_fill_a_contiguous_network(tmp_path: Path) -> None:
+    """Views, transposed weights and channels-last ones fill a network whose weights are contiguous."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2))
+    state = {
+        "0.weight": torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last),
+        "0.bias": torch.randn(9)[1::2],
+        "1.weight": torch.randn(4, 2).T,
+        "1.bias": torch.randn(100)[50:52],
+    }
+    checkpoint = checkpoints.load(_written(tmp_path, state), ModelFormat.TORCH)
+    assert not checkpoint.tensors["1.weight"].is_contiguous()
+    checkpoints.fill(model, checkpoint)
+    for key, filled in model.state_dict().items():
+        assert filled.is_contiguous()
+        assert torch.equal(filled, state[key])
 
 
-def test_identical_sees_every_difference() -> None:
-    """The comparison that verifies a written model tells order, type, dtype and bits apart."""
-    state = cnn_state()
-    assert checkpoints.identical(state, {**state})
-    assert checkpoints.identical({"x": float("nan")}, {"x": float("nan")})
-    assert not checkpoints.identical(state, dict(reversed(state.items())))
-    assert not checkpoints.identical({"x": 1}, {"x": 1.0})
-    assert not checkpoints.identical({"x": torch.ones(1)}, {"x": torch.ones(1).double()})
-    assert not checkpoints.identical({"x": torch.zeros(1)}, {"x": -torch.zeros(1)})
-    assert not checkpoints.identical([1, 2], [1, 2, 3])
+def test_parameters_can_be_replaced(tmp_path: Path) -> None:
+    """A tensor that asks for a gradient takes new values like any other, and goes on asking."""
+    root = dict(nn.Linear(3, 2).named_parameters())
+    checkpoint = checkpoints.load(_written(tmp_path, root), ModelFormat.TORCH)
+    checkpoint.replace("weight", torch.zeros(2, 3))
+    checkpoints.save(checkpoint, tmp_path / "out.pt")
+    checkpoints.verify(checkpoint, tmp_path / "out.pt")
+    written = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert isinstance(written["weight"], nn.Parameter)
+    assert not written["weight"].any()
+
+
+MISFITS: dict[str, tuple[str, Tensor]] = {
+    "whole numbers for weights": ("0.weight", torch.zeros(4, 3, 3, 3, dtype=torch.int64)),
+    "truth values for weights": ("0.bias", torch.zeros(4, dtype=torch.bool)),
+    "another shape": ("0.bias", torch.zeros(2, 2)),
+    "a vector for a counter": ("1.num_batches_tracked", torch.zeros(5, dtype=torch.int64)),
+    "nothing for a counter": ("1.num_batches_tracked", torch.zeros(0, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_numbers_of_another_kind_fill_nothing(tmp_path: Path, misfit: str) -> None:
+    """What torch would convert silently is refused: dtype and shape are the architecture's."""
+    key, values = MISFITS[misfit]
+    checkpoint = checkpoints.load(_written(tmp_path, {**_state(), key: values}), ModelFormat.TORCH)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    with pytest.raises(ArchitectureMismatch, match=key):
+        checkpoints.fill(model, checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_any_width_fill_a_network(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A checkpoint that was halved as a whole, counters and all, still fits."""
+    state = {key: value.to(dtype) for key, value in _state().items()}
+    state["1.num_batches_tracked"] = state["1.num_batches_tracked"].reshape(1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    checkpoints.fill(model, checkpoints.load(_written(tmp_path, state), ModelFormat.TORCH))
+    assert torch.equal(model.state_dict()["0.weight"], state["0.weight"].float())
