@@ -1,15 +1,48 @@
 """Sample files as tensors: images float32 (N, C, H, W) in [0, 1], labels and targets int64 (N,)."""
 
+import math
+import struct
+import tokenize
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.errors import ImagesOutOfRange, InvalidImages, InvalidLabels, InvalidSamples
+from common.errors import (
+    ImagesOutOfRange,
+    InvalidImages,
+    InvalidLabels,
+    InvalidSamples,
+    NoSamples,
+)
 from common.formats.samples import ALIASES
+
+Array = npt.NDArray[Any]
+
+_WANTED = frozenset({"images", "labels", "target"})
+_DAMAGE = (
+    zipfile.BadZipFile,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RecursionError,
+    RuntimeError,  # encrypted, or compressed in a way that Python does not know
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    tokenize.TokenError,
+    zlib.error,
+)
+"""What zipfile and numpy throw at a file that is not what it says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,41 +65,80 @@ def load_samples(path: Path) -> Samples:
     """
     Load a sample file that the gate has let through.
 
+    Arrays of other names are never read.
+
     Raises:
         InvalidSamples: It is damaged after all.
+        NoSamples: It holds no image.
+        InvalidImages: The images are no images.
+        ImagesOutOfRange: One has a value that is none, or outside [0, 1].
+        InvalidLabels: Labels or targets are no whole numbers, one for each image.
     """
+    if not zipfile.is_zipfile(path):
+        raise InvalidSamples("The sample file is not an .npz.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {ALIASES.get(name, name): archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as exc:
-        raise InvalidSamples(f"The sample file cannot be read: {exc}.") from exc
+        with zipfile.ZipFile(path) as zipped, np.load(path, allow_pickle=False) as archive:
+            names = [name for name in archive.files if ALIASES.get(name, name) in _WANTED]
+            arrays = {ALIASES.get(name, name): _read(archive, zipped, name) for name in names}
+    except _DAMAGE as exc:
+        raise InvalidSamples(f"The sample file cannot be read: {str(exc)[:200]}.") from exc
+    if len(arrays) != len(names):
+        raise InvalidSamples("The sample file holds an array under two names.")
     if "images" not in arrays:
         raise InvalidSamples
     images = _images(arrays["images"])
     return Samples(
         images=images,
         labels=_whole_numbers(arrays.get("labels"), len(images)),
-        targets=_whole_numbers(arrays.get("target"), len(images)),
+        targets=_whole_numbers(arrays.get("target"), len(images), one_for_all=True),
     )
 
 
-def _images(array: np.ndarray) -> Tensor:
-    if array.ndim != 4:
+def _read(archive: np.lib.npyio.NpzFile, zipped: zipfile.ZipFile, name: str) -> Array:
+    """
+    Read one array, whose header is compared with the member's size before its memory is asked for.
+
+    Raises:
+        ValueError: It is no array, or is shorter than it says.
+    """
+    info = next(info for info in zipped.infolist() if info.filename.removesuffix(".npy") == name)
+    with zipped.open(info) as member:
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError(f"{name} is of a version that numbers do not need")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(f"{name} is shorter than its shape says")
+    array = archive[name]
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} is no array")  # noqa: TRY004 - the file's fault, not the caller's
+    return array
+
+
+def _images(array: Array) -> Tensor:
+    if array.ndim != 4 or not all(array.shape[1:]):
         raise InvalidImages(f"The images have the shape {array.shape}.")
+    if not len(array):
+        raise NoSamples
     if array.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))).float() / 255
-    images = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if array.dtype.kind != "f":  # numpy would parse texts, and drop half of a complex number
+        raise InvalidImages(f"The images are of the type {str(array.dtype)[:40]}.")
+    with np.errstate(over="ignore"):  # what overflows is out of range
+        images = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    # A NaN fails both comparisons, which is why they are not turned around.
     if not bool(((images >= 0) & (images <= 1)).all()):
         raise ImagesOutOfRange
     return images
 
 
-def _whole_numbers(array: np.ndarray | None, count: int) -> Tensor | None:
+def _whole_numbers(array: Array | None, count: int, *, one_for_all: bool = False) -> Tensor | None:
     if array is None:
         return None
-    if array.ndim == 1 and len(array) != count:
-        raise InvalidLabels(f"{count} images have {len(array)} labels.")
-    if array.dtype.kind not in "iu" or array.ndim > 1:
-        raise InvalidLabels(f"Labels of the type {array.dtype} and shape {array.shape}.")
-    # A single target stands for all images.
-    return torch.from_numpy(np.broadcast_to(array, count).astype(np.int64))
+    if array.shape != (count,) and not (one_for_all and array.shape == ()):
+        raise InvalidLabels(f"{count} images have labels of the shape {array.shape}.")
+    if array.dtype.kind not in "iu":
+        raise InvalidLabels(f"Labels of the type {str(array.dtype)[:40]}.")
+    numbers = array.astype(np.int64)  # contiguous, in the machine's order of bytes
+    if bool((numbers < 0).any()):
+        raise InvalidLabels("A label is negative, or larger than any number of classes.")
+    return torch.from_numpy(np.broadcast_to(numbers, count).copy())
