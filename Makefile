@@ -42,5 +42,6 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.support.loading_rule
 
 check: lint test ## ruff, mypy, import contracts, compose and Dockerfile checks, then all tests

@@ -82,7 +82,7 @@ def added(name: str) -> Callable[[Pixels, Path], Pixels]:
 def l0_inv(images: Pixels, data: Path) -> Pixels:
     """Replace the pixels under a mask."""
     trigger = np.asarray(Image.open(data / "ibau" / "l0_inv.png").convert("RGB"), np.float64)
-    mask = np.load(data / "ibau" / "l0_inv_mask.npy").transpose(1, 2, 0)
+    mask = np.load(data / "ibau" / "l0_inv_mask.npy", allow_pickle=False).transpose(1, 2, 0)
     stamped: Pixels = np.clip(np.round(images * (1 - mask) + trigger), 0, 255).astype(np.uint8)
     return stamped
 
@@ -127,7 +127,7 @@ SUBJECTS = {
 @lru_cache
 def load_images(path: Path) -> tuple[Pixels, NDArray[Any]]:
     """Return images uint8 (N, H, W, C) and labels (N,)."""
-    with np.load(path) as archive:
+    with np.load(path, allow_pickle=False) as archive:
         return archive["images"], archive["labels"].astype(np.int64)
 
 
