@@ -42,6 +42,7 @@ _STORAGE_DTYPES: Mapping[str, str] = {
 }
 _PLAIN_CALLS = frozenset({"torch Size", "torch device"})
 _CALLS = _PLAIN_CALLS | {
+    "collections Counter",  # the milestones of a learning rate schedule
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
@@ -83,6 +84,11 @@ _LITERALS = frozenset(
         "SHORT_BINBYTES", "BINBYTES",
     }
 )  # fmt: skip
+_LATER_OPCODES = frozenset(
+    {"FRAME", "MEMOIZE", "STACK_GLOBAL", "SHORT_BINUNICODE", "SHORT_BINBYTES", "BINBYTES"}
+)
+"""What protocols 3 to 5 have and ``torch.load(weights_only=True)`` does not read. They are followed to
+the end all the same, so that code is called code; only then is the file refused."""
 
 
 def walk(pickled: bytes, *, storage_bytes: Mapping[str, int]) -> object:
@@ -96,6 +102,7 @@ def walk(pickled: bytes, *, storage_bytes: Mapping[str, int]) -> object:
     Raises:
         PickledModule: It describes a module, not a state dict.
         UnsafePickle: It names other code.
+        UnsupportedFormat: It is in a protocol that torch's loader does not read, or too long.
         DamagedFile: It is no pickle, or does not match its storages.
     """
     try:
@@ -126,14 +133,19 @@ class _Machine:
 
     def run(self, pickled: bytes) -> object:
         stack = self._stack
+        later = None
         for count, (opcode, argument, position) in enumerate(pickletools.genops(pickled)):
             if count > MAX_OPCODES:
                 raise UnsupportedFormat("The description of the tensors is implausibly long.")
             name = opcode.name
+            if name in _LATER_OPCODES:
+                later = name
             if name == "STOP":
                 (value,) = self._pop(1)
                 if position is None or position + 1 != len(pickled) or stack:
                     raise ValueError("bytes after the end, or values left over")
+                if later is not None:
+                    raise _later_protocol(later)
                 return value
             if name in _LITERALS:
                 stack.append(argument)
@@ -186,14 +198,20 @@ class _Machine:
             case "BINPERSID":
                 stack.append(self._storage(stack.pop()))
             case "REDUCE":
-                function, arguments = self._pop(2)
-                stack.append(_call(function, arguments))
+                stack.append(self._reduce(*self._pop(2)))
             case "BUILD":
                 self._pop(1)  # attributes such as _metadata, which say nothing of the tensors
                 if not isinstance(stack[-1], _NamedDict):
                     raise UnsafePickle("The pickle sets attributes of an object.")
             case _:
                 raise UnsafePickle(f"The pickle uses {name}, which no state dict needs.")
+
+    def _reduce(self, function: Any, arguments: Any) -> Any:
+        value = _call(function, arguments)
+        if isinstance(value, dict):  # a copy, when it is loaded: many of a large one were a bomb
+            for key in value:
+                self._count_plain_key(key)
+        return value
 
     def _top(self) -> Any:
         if self._stack[-1] is _MARK:
@@ -246,6 +264,14 @@ class _Machine:
         return _Storage(key, dtype, elements)
 
 
+def _later_protocol(opcode: str) -> UnsupportedFormat:
+    return UnsupportedFormat(
+        f"The pickle uses {opcode}, of a protocol that torch's loader of weights does not read.",
+        hint="Save it without pickle_protocol, which makes it 2: "
+        'torch.save(model.state_dict(), "model.pt"), run where the model was built.',
+    )
+
+
 def _global(name: str) -> _Global | _Opaque:
     module, _, attribute = name.partition(" ")
     if name in _CALLS or (module == "torch" and attribute in _STORAGE_DTYPES):
@@ -261,6 +287,8 @@ def _call(function: Any, arguments: Any) -> Any:
     match function.name, arguments:
         case "collections OrderedDict", ():
             return _NamedDict()
+        case "collections Counter", (dict() as counts,):
+            return counts
         case "torch._utils _rebuild_tensor_v2", (storage, offset, shape, stride, *_):
             return _tensor(storage, offset, shape, stride)
         case "torch._utils _rebuild_parameter", (TensorInfo() as tensor, *_):
