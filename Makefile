@@ -6,7 +6,7 @@ export PYTHONUNBUFFERED := 1
 BENCHMARKS := auto_digits awm_digits awm_speed awm_scaling awm_outcome perturbation_step zoo auto_verdicts auto_ablation \
 	erase awm_large_images
 
-.PHONY: help demo run test check migrate lint bench
+.PHONY: help demo run test check migrate lint bench fuzz
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z.]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -36,6 +36,10 @@ bench: .venv/.installed ## Run the benchmarks, or with QUICK=1 a part of each; r
 	@for name in $(BENCHMARKS); do echo "== $$name"; \
 		$(BIN)/python -m benchmarks.$$name $(if $(QUICK),--quick) --out var/bench/$$name$(if $(QUICK),-quick).jsonl \
 		|| exit 1; done
+
+fuzz: .venv/.installed ## Fuzz every parser for SECONDS=600, two at a time; corpora under var/fuzz
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m fuzz --seconds $(or $(SECONDS),600) --jobs 2 --out var/fuzz/results.jsonl $(TARGETS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -39,7 +39,9 @@ def test_erase_tables_are_the_recorded_results() -> None:
     assert shown.strip() == erase.tables(recorded(erase.RESULTS)).strip()
 
 
-@pytest.mark.parametrize("target", ["help", "demo", "run", "test", "check", "migrate", "bench"])
+@pytest.mark.parametrize(
+    "target", ["help", "demo", "run", "test", "check", "migrate", "bench", "fuzz"]
+)
 def test_make_knows_its_targets(target: str) -> None:
     """Every command of the README is a target of the Makefile, and ``make help`` lists it."""
     listed = subprocess.run(

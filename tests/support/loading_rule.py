@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-PACKAGES = ("benchmarks", "common", "examples", "migrations", "service", "tests", "worker")
+PACKAGES = ("benchmarks", "common", "examples", "fuzz", "migrations", "service", "tests", "worker")
 
 SAFE_VALUES: Mapping[str, bool] = {"weights_only": True, "allow_pickle": False}
 """The one value that each keyword may have."""
