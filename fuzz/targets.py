@@ -221,7 +221,7 @@ def check_samples(content: bytes) -> bool:
             _must_hint(exc)
             continue
         try:
-            loaded = load_samples(path)
+            loaded = load_samples(path, purpose)
         except Problem as exc:
             raise AssertionError(f"the gate accepts what the loader refuses: {exc}") from exc
         assert tuple(loaded.images.shape) == (described.count, *described.image_shape)

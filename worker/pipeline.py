@@ -25,6 +25,7 @@ from common.errors import (
     UnknownMethod,
     WeightsNotFinite,
 )
+from common.formats.samples import Purpose
 from common.spec import JobSpec
 from worker import candidates, checkpoints
 from worker.architectures.registry import construct
@@ -84,10 +85,14 @@ def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Pub
     checkpoint = checkpoints.load(files.model, spec.model.format)
     network = _network(spec, checkpoint, device)
     method = _method(spec)
-    samples = load_samples(files.samples)
+    samples = load_samples(files.samples, Purpose.SAMPLES)
     yardstick = Yardstick(
-        evaluation=None if files.evaluation is None else load_samples(files.evaluation),
-        triggered=None if files.triggered is None else load_samples(files.triggered),
+        evaluation=None
+        if files.evaluation is None
+        else load_samples(files.evaluation, Purpose.EVALUATION),
+        triggered=None
+        if files.triggered is None
+        else load_samples(files.triggered, Purpose.TRIGGERED),
     )
     for found in (samples, yardstick.evaluation, yardstick.triggered):
         _check_samples(found, spec)

@@ -21,11 +21,10 @@ from common.errors import (
     InvalidSamples,
     NoSamples,
 )
-from common.formats.samples import ALIASES
+from common.formats.samples import ALIASES, Purpose
 
 Array = npt.NDArray[Any]
 
-_WANTED = frozenset({"images", "labels", "target"})
 _DAMAGE = (
     zipfile.BadZipFile,
     ArithmeticError,
@@ -61,11 +60,11 @@ class Samples:
     targets: Tensor | None
 
 
-def load_samples(path: Path) -> Samples:
+def load_samples(path: Path, purpose: Purpose) -> Samples:
     """
     Load a sample file that the gate has let through.
 
-    Arrays of other names are never read.
+    Arrays that *purpose* has no use for are never read, as the gate does not read them.
 
     Raises:
         InvalidSamples: It is damaged after all.
@@ -74,11 +73,12 @@ def load_samples(path: Path) -> Samples:
         ImagesOutOfRange: One has a value that is none, or outside [0, 1].
         InvalidLabels: Labels or targets are no whole numbers, one for each image.
     """
+    wanted = {"images", "labels"} | ({"target"} if purpose is Purpose.TRIGGERED else set())
     if not zipfile.is_zipfile(path):
         raise InvalidSamples("The sample file is not an .npz.")
     try:
         with zipfile.ZipFile(path) as zipped, np.load(path, allow_pickle=False) as archive:
-            names = [name for name in archive.files if ALIASES.get(name, name) in _WANTED]
+            names = [name for name in archive.files if ALIASES.get(name, name) in wanted]
             arrays = {ALIASES.get(name, name): _read(archive, zipped, name) for name in names}
     except _DAMAGE as exc:
         raise InvalidSamples(f"The sample file cannot be read: {str(exc)[:200]}.") from exc

@@ -25,6 +25,7 @@ from common.errors import (
     UnknownMethod,
 )
 from common.formats.model import ModelFormat
+from common.formats.samples import Purpose
 from common.spec import JobSpec, ModelInput, SamplesInput
 from tests.support.inputs import CLASSES, cnn_state, npz, samples, saved
 from worker import checkpoints, trial_files
@@ -259,7 +260,7 @@ def test_triggers_are_tried_on_the_samples(job: Job) -> None:
     with (job.folder / TRIAL).open("rb") as file:
         arrays = trial_files.read(file, counts, image_shape=(3, 8, 8), classes=CLASSES, samples=20)
     before, after = cnn(job.state), cnn(job.output)
-    clean = load_samples(job.folder / "samples").images[arrays["sample"].tolist()]
+    clean = load_samples(job.folder / "samples", Purpose.SAMPLES).images[arrays["sample"].tolist()]
     assert (arrays["clean"] == clean.numpy()).all()
     assert (arrays["clean_before"] == predict(before, clean).numpy()).all()
     assert (arrays["clean_after"] == predict(after, clean).numpy()).all()

@@ -16,6 +16,7 @@ from common.errors import (
     NoSamples,
     Refused,
 )
+from common.formats.samples import Purpose
 from tests import hostile_files as hostile
 from tests.support.inputs import npz
 from worker.samples import Samples, load_samples
@@ -28,7 +29,7 @@ LABELS = np.arange(2)
 def loaded(folder: Path, content: bytes) -> Samples:
     """Return what the loader makes of *content*."""
     (folder / "samples").write_bytes(content)
-    return load_samples(folder / "samples")
+    return load_samples(folder / "samples", Purpose.TRIGGERED)
 
 
 @pytest.mark.parametrize("images", [BYTES, FLOATS, FLOATS.astype(">f8"), FLOATS.astype("f2")])
@@ -64,6 +65,14 @@ def test_other_arrays_are_never_read(tmp_path: Path) -> None:
     """An array of another name may be anything, a pickle too: nobody looks at it."""
     others = np.array([{"any": "thing"}], dtype=object)
     assert len(loaded(tmp_path, npz(images=BYTES, names=others)).images) == 2
+
+
+def test_targets_are_read_where_they_are_used(tmp_path: Path) -> None:
+    """A target beside clean samples is nothing to the gate, and so nothing to the loader."""
+    (tmp_path / "samples").write_bytes(npz(images=BYTES, labels=LABELS, target=[-1, 0, 1]))
+    assert load_samples(tmp_path / "samples", Purpose.SAMPLES).targets is None
+    with pytest.raises(InvalidLabels):
+        load_samples(tmp_path / "samples", Purpose.TRIGGERED)
 
 
 def _image(header: str, data: bytes = b"", **options: Any) -> bytes:
