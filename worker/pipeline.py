@@ -1,9 +1,12 @@
 """
-One job from files to files: load → measure → purify → measure → save → verify.
+One job from files to files, in three stages: convert, purify, pack.
 
-It knows folders and tensors; it knows no queue, no database and no blob store.
+Each stage leaves files for the next one, since each may run in a process of its own (``child.py``).
+``sanitise`` runs all three in this one. They know folders and tensors; they know no queue, no database
+and no blob store.
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +17,6 @@ from torch import Tensor
 
 from common.errors import (
     ArchitectureMismatch,
-    ClassCountMismatch,
-    InvalidImages,
-    InvalidLabels,
     InvalidParameter,
     NothingLearned,
     NothingToMask,
@@ -25,20 +25,21 @@ from common.errors import (
     UnknownMethod,
     WeightsNotFinite,
 )
-from common.formats.samples import Purpose
 from common.spec import JobSpec
-from worker import candidates, checkpoints
+from worker import checkpoints, conversion
 from worker.architectures.registry import construct
 from worker.checkpoints import Checkpoint
+from worker.conversion import Uploads
 from worker.determinism import noticing
+from worker.joining import with_candidates
 from worker.meter import Meter, Publish
 from worker.methods import METHODS
 from worker.normalise import normaliser
+from worker.packing import pack, write_changes
 from worker.purify import errors as purify_errors
 from worker.purify.errors import PurificationError
 from worker.purify.method import Method, Purified
 from worker.report import Report, describe_samples, environment, evidence, warnings
-from worker.samples import Samples, load_samples
 from worker.trial_files import TRIAL
 from worker.trials import Trial, Tried
 from worker.yardstick import Network, Yardstick, compare
@@ -65,7 +66,7 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a job comes to; the model lies in ``Files.output``."""
+    """What a job comes to; its files lie where they were asked for."""
 
     verdict: str | None
     remediation: str
@@ -74,28 +75,54 @@ class Result:
 
 def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Publish) -> Result:
     """
-    Purify one model.
+    Purify one model, all in this process.
 
     Raises:
         Refused: A file or a parameter is not what the specification says.
         InternalError: The written model is not the one that was meant.
     """
     started = time.monotonic()
-    progress("load", 0, 1, 0.0)
-    checkpoint = checkpoints.load(files.model, spec.model.format)
+    uploads = Uploads(
+        model=files.model,
+        samples=files.samples,
+        evaluation=files.evaluation,
+        triggered=files.triggered,
+    )
+    with tempfile.TemporaryDirectory(dir=files.output.parent) as name:
+        converted, changes = Path(name, "converted"), Path(name, "changes")
+        converted.mkdir()
+        changes.mkdir()
+        progress("load", 0, 1, 0.0)
+        conversion.convert(uploads, spec, converted)
+        result = purify(converted, spec, changes, device=device, progress=progress)
+        progress("save", 0, 1, 0.99)
+        written = pack(files.model, spec.model.format, changes, files.output)
+        if (changes / TRIAL).exists():
+            (changes / TRIAL).rename(files.output.with_name(TRIAL))
+    with_candidates(result.report, written)
+    result.report["seconds"]["total"] = round(time.monotonic() - started, 3)
+    progress("save", 1, 1, 1.0)
+    return result
+
+
+def purify(
+    converted: Path, spec: JobSpec, target: Path, *, device: torch.device, progress: Publish
+) -> Result:
+    """
+    Purify what was converted; write what changes, and the trial of the triggers, to *target*.
+
+    The report lacks what only packing knows: the candidates' files.
+
+    Raises:
+        Refused: A parameter is not what the specification says, or the method finds nothing to do.
+        InternalError: The conversion left something else than it must.
+    """
+    started = time.monotonic()
+    found = conversion.load(converted, spec)
+    checkpoint, samples = found.weights, found.samples
     network = _network(spec, checkpoint, device)
     method = _method(spec)
-    samples = load_samples(files.samples, Purpose.SAMPLES)
-    yardstick = Yardstick(
-        evaluation=None
-        if files.evaluation is None
-        else load_samples(files.evaluation, Purpose.EVALUATION),
-        triggered=None
-        if files.triggered is None
-        else load_samples(files.triggered, Purpose.TRIGGERED),
-    )
-    for found in (samples, yardstick.evaluation, yardstick.triggered):
-        _check_samples(found, spec)
+    yardstick = Yardstick(evaluation=found.evaluation, triggered=found.triggered)
 
     meter = Meter(
         progress,
@@ -115,23 +142,20 @@ def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Pub
     purify_seconds = time.monotonic() - purifying
     trial = Trial.of(() if purified is None else purified.triggers, samples.images, labels)
     tried_before = trial.answers(network)
-    originals = candidates.originals(checkpoint, purified)
-    changes = _apply(checkpoint, purified)
+    others = _candidates(checkpoint, purified)
+    changes, changed = _apply(checkpoint, purified)
 
     checkpoints.fill(network.model, checkpoint)  # the weights as they will be downloaded
     tried = Tried(trial=trial, before=tried_before, after=trial.answers(network))
     answers_after = yardstick.answers(network, meter.phase("measure again", yardstick.size))
 
-    progress("save", 0, 1, 0.99)
-    checkpoints.save(checkpoint, files.output)
-    checkpoints.verify(checkpoint, files.output)
-    tried.write(files.output.with_name(TRIAL))
-    written = candidates.write_candidates(checkpoint, purified, originals, files.output)
+    write_changes(target, changed, others)
+    tried.write(target / TRIAL)
     report: Report = {
         "metrics": compare(yardstick, answers_before, answers_after),
         "samples": describe_samples(samples, labels, spec.classes),
         **changes,
-        "evidence": evidence(purified, written, tried),
+        "evidence": evidence(purified, tried),
         "history": [] if purified is None else list(purified.history),
         "warnings": warnings(samples, labels, spec, yardstick, purified),
         "environment": environment(device, purified, nondeterministic),
@@ -140,7 +164,6 @@ def sanitise(files: Files, spec: JobSpec, *, device: torch.device, progress: Pub
             "purify": round(purify_seconds, 3),
         },
     }
-    progress("save", 1, 1, 1.0)
     return Result(
         verdict=None if purified is None else purified.verdict,
         remediation="unchanged" if _is_unchanged(purified) else "purified",
@@ -165,23 +188,6 @@ def _network(spec: JobSpec, checkpoint: Checkpoint, device: torch.device) -> Net
         model=model.to(device).eval(),
         preprocess=normaliser(spec.mean, spec.std, device=device),
     )
-
-
-def _check_samples(samples: Samples | None, spec: JobSpec) -> None:
-    if samples is None:
-        return
-    if tuple(samples.images.shape[1:]) != spec.samples.image_shape:
-        raise InvalidImages(
-            f"Images of the shape {tuple(samples.images.shape[1:])} lie beside samples of the "
-            f"shape {spec.samples.image_shape}."
-        )
-    for classes in (samples.labels, samples.targets):
-        if classes is None:
-            continue
-        if classes.shape != (len(samples.images),):
-            raise InvalidLabels
-        if int(classes.min()) < 0 or int(classes.max()) >= spec.classes:
-            raise ClassCountMismatch
 
 
 def _method(spec: JobSpec) -> Method | None:
@@ -230,12 +236,25 @@ def _purify(
         raise problem(str(exc)) from exc
 
 
-def _apply(checkpoint: Checkpoint, purified: Purified | None) -> Report:
-    """Write the changes into the checkpoint; return what they came to, by tensor."""
+def _candidates(checkpoint: Checkpoint, purified: Purified | None) -> list[dict[str, Tensor]]:
+    """Return what each candidate changes, as the tensors that it has then."""
+    if purified is None:
+        return []
+    changed = []
+    for values in purified.candidates:
+        after = Purified(values=values).apply(checkpoint.tensors)
+        changed.append({key: after[key].clone() for key in values})
+    return changed
+
+
+def _apply(
+    checkpoint: Checkpoint, purified: Purified | None
+) -> tuple[Report, Mapping[str, Tensor]]:
+    """Write the changes into the weights; return what they came to, and the changed tensors."""
     masks: Report = {}
     values: Report = {}
     if purified is None:
-        return {"masks": masks, "values": values}
+        return {"masks": masks, "values": values}, {}
     after = purified.apply(checkpoint.tensors)
     for key, mask in purified.masks.items():
         masks[checkpoint.prefix + key] = {
@@ -251,6 +270,7 @@ def _apply(checkpoint: Checkpoint, purified: Purified | None) -> Report:
                 float((after[key] - before).norm() / before.norm().clamp_min(1e-12)), 6
             ),
         }
-    for key in purified.masks.keys() | purified.values.keys():
+    changed = sorted(purified.masks.keys() | purified.values.keys())
+    for key in changed:
         checkpoint.replace(key, after[key])
-    return {"masks": masks, "values": values}
+    return {"masks": masks, "values": values}, {key: checkpoint.tensors[key] for key in changed}

@@ -2,7 +2,6 @@
 
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -36,9 +35,7 @@ def describe_samples(samples: Samples, labels: Tensor, classes: int) -> Report:
     }
 
 
-def evidence(
-    purified: Purified | None, candidates: Sequence[Mapping[str, object]], tried: Tried
-) -> Report | None:
+def evidence(purified: Purified | None, tried: Tried) -> Report | None:
     """
     Return what a verdict rests on, or None where nothing was looked for.
 
@@ -46,17 +43,12 @@ def evidence(
     how much of each (``mask``), and the channels' new values in [0, 1] (``pattern``).
 
     Args:
-        candidates: What there is to say of the file of each of the method's candidates.
         tried: What its triggers do to the uploader's samples.
     """
     if purified is None or purified.verdict is None:
         return None
-    found: Report = dict(purified.findings)
-    if candidates:
-        pairs = zip(found["candidates"], candidates, strict=True)
-        found["candidates"] = [{**candidate, **file} for candidate, file in pairs]
     return {
-        **found,
+        **purified.findings,
         "triggers": [
             {**_described(trigger), **tried.success(number)}
             for number, trigger in enumerate(purified.triggers)
