@@ -506,6 +506,14 @@ class ClassCountMismatch(Refused):
     default_hint = "Number the classes as the model's head does, from 0."
 
 
+class TooSlowToRead(Refused):
+    """The files took longer to read than honest ones do."""
+
+    code = "too-slow-to-read"
+    title = "Too slow to read"
+    default_hint = "Send fewer or smaller images, or a smaller model."
+
+
 # Our side ----------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ It lies in the child's folder under the names of ``common/artefacts.py``.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common import differences
@@ -15,19 +15,20 @@ from common.spec import JobSpec
 from worker import trial_files
 from worker.child import OUTPUT
 from worker.contact_sheet import contact_sheet, png
-from worker.leavings import Evidence, open_plain
+from worker.leavings import ClaimedCandidate, Evidence, open_plain
 
 _CHUNK_BYTES = 1 << 20
 
 
 def check_candidates(
-    folder: Path, evidence: Evidence, *, check: Callable[[], None]
+    folder: Path, claims: Sequence[ClaimedCandidate], *, check: Callable[[], None]
 ) -> dict[str, Artefact]:
     """
     Put every candidate together once, and hold it against what the child says that it verified.
 
     Args:
         folder: Where the model and the candidates' differences lie.
+        claims: What the child says of the candidates' files.
         check: Called between two chunks; what it raises ends the work.
 
     Raises:
@@ -35,7 +36,7 @@ def check_candidates(
         OSError: A file is missing, or is no plain file.
     """
     found = {}
-    for number, claimed in enumerate(evidence.candidates):
+    for number, claimed in enumerate(claims):
         artefact = _measure(folder / OUTPUT, folder / candidate_name(number), check)
         if artefact != Artefact(sha256=claimed.sha256, bytes=claimed.bytes):
             raise InternalError("A candidate is not the one that was verified.")

@@ -1,9 +1,10 @@
 """
-A job's own process: started by exec, for one job, and gone with it.
+A job's own process, in its jail: started by exec, for one job, and gone with it.
 
-It reads one JSON line on standard input (the job's folder and its specification), writes its progress as
-JSON lines on standard output, and leaves ``result.json`` and the model in the folder. It is started
-before there is a job, since importing torch takes longer than many jobs do.
+A job has two: one that converts what a client sent and packs the result, and one that purifies and sees
+only what was converted. Each reads orders as JSON lines on standard input, writes its progress as JSON
+lines on standard output, and answers an order with ``result.json`` beside the files it made, and a line
+that says so. It is started before there is a job, since importing torch takes longer than many jobs do.
 """
 
 import gc
@@ -11,18 +12,25 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from worker import sandbox
+from worker.sandbox import Jail
 
 RESULT = "result.json"
 OUTPUT = "output"
+INBOX, OUTBOX = "in", "out"
+"""In a child's home: what it is given, and what it leaves."""
+ANSWERED = {"answered": True}
+
+Progress = Callable[[str, int, int, float], None]
 
 
-def main(parent: int) -> None:
-    """Confine this process, wait for a job, do it."""
-    sandbox.enter(parent)
+def main(parent: int, jail: Jail) -> None:
+    """Confine this process, wait for orders, do them."""
+    sandbox.enter(parent, jail)
     # Ctrl-C and a stop of the whole group are the supervisor's to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What a library prints must not be taken for progress.
@@ -33,44 +41,45 @@ def main(parent: int) -> None:
 
     from worker import pipeline  # noqa: PLC0415
 
-    line = sys.stdin.readline()
-    if not line:
-        return  # the supervisor went away, or did not need this child
-    order = json.loads(line)
-
     def report(phase: str, step: int, total: int, fraction: float) -> None:
         message = {"phase": phase, "step": step, "total": total, "fraction": round(fraction, 4)}
         progress_pipe.write(json.dumps(message) + "\n")
 
-    folder = Path(order["folder"])
-    result = _run(torch, pipeline, order, report)
-    temporary = folder / f"{RESULT}.part"
-    temporary.write_text(json.dumps(result))
-    temporary.rename(folder / RESULT)
+    # Until the supervisor went away, or has no more for this child.
+    while line := sys.stdin.readline():
+        order = json.loads(line)
+        sandbox.limit(jail, **order["limits"])
+        outbox = jail.home / OUTBOX
+        result = _run(torch, pipeline, jail, order, report)
+        temporary = outbox / f"{RESULT}.part"
+        temporary.write_text(json.dumps(result))
+        temporary.rename(outbox / RESULT)
+        progress_pipe.write(json.dumps(ANSWERED) + "\n")
 
 
-def _run(torch: Any, pipeline: Any, order: dict[str, Any], report: Any) -> dict[str, Any]:
-    """Return what the job came to, or the problem it met."""
+def _run(
+    torch: Any, pipeline: Any, jail: Jail, order: dict[str, Any], report: Progress
+) -> dict[str, Any]:
+    """Return what the order came to, or the problem it met."""
     from common.errors import OutOfMemory, Problem  # noqa: PLC0415
     from common.spec import JobSpec  # noqa: PLC0415
 
-    folder = Path(order["folder"])
     spec = JobSpec.model_validate(order["spec"])
+    inbox, outbox = jail.home / INBOX, jail.home / OUTBOX
     try:
-        device = _device(torch, order["device"])
-        if order["threads"]:
-            torch.set_num_threads(order["threads"])
-        torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-        torch.backends.cudnn.benchmark = False
-        roles = spec.roles
-        files = pipeline.Files(
-            model=folder / "model",
-            samples=folder / "samples",
-            evaluation=folder / "evaluation" if "evaluation" in roles else None,
-            triggered=folder / "triggered" if "triggered" in roles else None,
-            output=folder / OUTPUT,
-        )
-        done = pipeline.sanitise(files, spec, device=device, progress=report)
+        match order["step"]:
+            case "convert":
+                report("load", 0, 1, 0.0)
+                pipeline.conversion.convert(_uploads(pipeline, inbox, spec), spec, outbox)
+                return {}
+            case "pack":
+                report("save", 0, 1, 0.99)
+                model = inbox / "model"
+                files = pipeline.pack(model, spec.model.format, inbox, outbox / OUTPUT)
+                report("save", 1, 1, 1.0)
+                return {"files": files}
+            case _:
+                return _purify(torch, pipeline, order, spec, (inbox, outbox), report)
     except Problem as exc:
         return {"problem": exc.as_dict()}
     except (MemoryError, torch.OutOfMemoryError) as exc:
@@ -81,6 +90,35 @@ def _run(torch: Any, pipeline: Any, order: dict[str, Any], report: Any) -> dict[
         if "can't allocate memory" not in str(exc):
             raise
         return {"problem": OutOfMemory(str(exc).splitlines()[0][:300]).as_dict()}
+
+
+def _uploads(pipeline: Any, inbox: Path, spec: Any) -> Any:
+    def optional(role: str) -> Path | None:
+        return inbox / role if role in spec.roles else None
+
+    return pipeline.Uploads(
+        model=inbox / "model",
+        samples=inbox / "samples",
+        evaluation=optional("evaluation"),
+        triggered=optional("triggered"),
+    )
+
+
+def _purify(
+    torch: Any,
+    pipeline: Any,
+    order: dict[str, Any],
+    spec: Any,
+    boxes: tuple[Path, Path],
+    report: Progress,
+) -> dict[str, Any]:
+    device = _device(torch, order["device"])
+    if order["threads"]:
+        torch.set_num_threads(order["threads"])
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    torch.backends.cudnn.benchmark = False
+    inbox, outbox = boxes
+    done = pipeline.purify(inbox, spec, outbox, device=device, progress=report)
     return {
         "verdict": done.verdict,
         "remediation": done.remediation,
@@ -95,4 +133,4 @@ def _device(torch: Any, wanted: str) -> Any:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), Jail.from_json(sys.argv[2]))

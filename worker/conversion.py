@@ -2,13 +2,8 @@
 The first stage of a job: what a client sent becomes tensors, and nothing but tensors.
 
 It runs in a process of its own (``child.py``), which alone reads the uploaded bytes. It leaves a folder
-with
-
-- ``weights``: the state dict as safetensors, under the keys of the bare network,
-- ``samples``, ``evaluation``, ``triggered``: images, labels and targets as safetensors,
-- ``names``: JSON; the keys in their order, which of them are one tensor, and the prefix they had.
-
-The second stage reads these alone, through ``load``, which takes no word of them on trust.
+with the files of ``interchange.py``; the second stage reads these alone, through ``load``, which takes no
+word of them on trust.
 """
 
 from collections.abc import Mapping
@@ -33,11 +28,8 @@ from common.formats.samples import Purpose
 from common.spec import JobSpec
 from worker import checkpoints
 from worker.checkpoints import Checkpoint
+from worker.interchange import NAMES, SETS, WEIGHTS
 from worker.samples import Samples, load_samples
-
-WEIGHTS = "weights"
-NAMES = "names"
-SETS = ("samples", "evaluation", "triggered")
 
 
 @dataclass(frozen=True, kw_only=True)

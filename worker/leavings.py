@@ -4,7 +4,6 @@ What a child leaves in its folder, which is as little to be trusted as what the 
 Nothing is followed, nothing is read beyond its limit, and what is not a result is a crash.
 """
 
-import hashlib
 import json
 import os
 import stat
@@ -57,7 +56,7 @@ class Evidence(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    candidates: Annotated[list[ClaimedCandidate], Field(max_length=MAX_CANDIDATES)] = []
+    candidates: Annotated[list[dict[str, Any]], Field(max_length=MAX_CANDIDATES)] = []
     triggers: list[dict[str, Any]] = []
     trial: ClaimedTrial | None = None
 
@@ -71,6 +70,7 @@ class ChildResult(BaseModel):
     remediation: Literal["purified", "unchanged", "refused"] | None = None
     report: dict[str, Any] | None = None
     problem: dict[str, Any] | None = None
+    files: Annotated[list[ClaimedCandidate], Field(max_length=MAX_CANDIDATES)] | None = None
 
     @property
     def evidence(self) -> Evidence:
@@ -78,10 +78,10 @@ class ChildResult(BaseModel):
         return Evidence.model_validate((self.report or {}).get("evidence") or {})
 
 
-def read_result(folder: Path) -> ChildResult | None:
-    """Return what the child left, or ``None`` if that is not a result."""
+def read_result(folder: int) -> ChildResult | None:
+    """Return what the child left in the open *folder*, or ``None`` if that is not a result."""
     try:
-        with open_plain(folder / RESULT) as file:
+        with open_plain(RESULT, folder=folder) as file:
             text = file.read(_MAX_RESULT_BYTES + 1)
         if len(text) > _MAX_RESULT_BYTES:
             return None
@@ -111,24 +111,36 @@ def as_problem(stored: dict[str, Any]) -> Problem:
     return known(str(stored.get("detail"))[:2000])
 
 
-def digest_output(path: Path, *, limit: int) -> tuple[str, int]:
-    """Return digest and size of the output, which may not be a link or larger than *limit*."""
-    digest = hashlib.sha256()
-    size = 0
-    with open_plain(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-            if size > limit:
-                raise InternalError("The written model is implausibly large.")
-    return digest.hexdigest(), size
+def copy_plain(name: str, target: Path, *, limit: int, folder: int) -> None:
+    """
+    Copy the plain file *name* in the open *folder* to the new file *target*.
+
+    Raises:
+        InternalError: It is larger than *limit*.
+        OSError: It is missing, or no plain file.
+    """
+    copied = 0
+    with open_plain(name, folder=folder) as source, target.open("xb") as copy:
+        while chunk := source.read(_CHUNK_BYTES):
+            copied += len(chunk)
+            if copied > limit:
+                raise InternalError(f"A job's process left an implausibly large {name}.")
+            copy.write(chunk)
 
 
-def open_plain(path: Path) -> BinaryIO:
-    """Open a plain file; a link or a device that a child put there is an ``OSError``."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+def open_plain(name: str | Path, *, folder: int | None = None) -> BinaryIO:
+    """
+    Open a plain file; a link or a device that a child put there is an ``OSError``.
+
+    Args:
+        folder: An open folder in which *name* lies, whatever has taken its place since.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(name, flags, dir_fd=folder)
     file = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    found = os.fstat(descriptor)
+    # A second name would be another file's, which the child could not read itself.
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         file.close()
-        raise OSError(f"{path.name} is not a plain file")
+        raise OSError(f"{Path(name).name} is not a plain file")
     return file

@@ -2,10 +2,7 @@
 The last stage of a job: the uploaded container again, with the purified weights in it.
 
 The upload's plain values and the order of everything come from its own bytes, so that this runs in the
-process that has parsed them already, and not in the one that purified. What lies between the two is
-
-- ``changed``: the changed tensors as safetensors,
-- ``changed-N``: the same for the candidate N.
+process that has parsed them already, and not in the one that purified.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,16 +19,10 @@ from common.formats.model import ModelFormat
 from worker import candidates, checkpoints
 from worker.checkpoints import Checkpoint
 from worker.containers import identical
+from worker.interchange import CHANGED, changed_name
 from worker.purify.method import Purified
 
-CHANGED = "changed"
-
 Values = Mapping[str, Tensor]
-
-
-def changed_name(number: int) -> str:
-    """Return the name of the file with what the candidate *number* changes."""
-    return f"{CHANGED}-{number}"
 
 
 def write_changes(folder: Path, chosen: Values, others: Sequence[Values]) -> None:

@@ -78,7 +78,7 @@ class Roster:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     cwd=home,
-                    env=sandbox.child_environment(home),
+                    env=sandbox.scrubbed_environment(home),
                     start_new_session=True,
                 )
             return

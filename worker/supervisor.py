@@ -8,8 +8,8 @@ is called through one function, whatever rang: ``run``.
 
 import errno
 import hashlib
+import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -37,11 +37,11 @@ from common.settings import Settings
 from common.spec import JobSpec
 from worker.artefacts import check_candidates, make_trigger_files
 from worker.child import OUTPUT
+from worker.jail import paths
+from worker.joining import with_candidates
 from worker.keeper import Ended, LeaseKeeper
-from worker.leavings import as_problem, digest_output, read_result
-from worker.process import Child
+from worker.pair import Pair
 
-_TICK_SECONDS = 0.1
 _BROKEN_SPARE_SECONDS = 10.0
 _CHUNK_BYTES = 1 << 20
 
@@ -58,10 +58,10 @@ class _Interrupted(Exception):
 
 class Supervisor:
     """
-    A worker's hands: one device, one job at a time, one spare child that waits for the next.
+    A worker's hands: one device, one job at a time, a spare pair of children that wait for the next.
 
     Law: when ``run`` returns, the job it claimed has ended, is queued again, or is somebody else's;
-    its child is gone, and so are its files.
+    its children are gone, and so are its files.
     """
 
     def __init__(
@@ -73,7 +73,8 @@ class Supervisor:
         self._store = store
         self._scratch = ProcessFolder(settings.resolved_scratch_dir)
         self._busy = threading.Lock()
-        self._spare: Child | None = None
+        self._spare: Pair | None = None
+        self._gpu = settings.device != "cpu" and paths.has_gpu()
         self._leave_at: float | None = None
         self._warm_up_at = self._spare_since = 0.0
         self.problem: str | None = None  # why this worker may be unable to work, for /readyz
@@ -130,26 +131,26 @@ class Supervisor:
         self._scratch.close()
 
     def _warm_up(self) -> None:
-        if self._spare is not None and not self._spare.is_alive:
-            status, words = self._spare.exit_status, self._spare.last_words
+        if self._spare is not None and (broken := self._spare.broken) is not None:
+            status, words = broken.exit_status, broken.last_words
             self._spare.kill()
             self._spare = None
             self._warm_up_at = time.monotonic() + _BROKEN_SPARE_SECONDS
             self.problem = f"a job process ended with the status {status} before it had a job"
             log.error("spare-died", exit_status=status, last_words=words)
         if self._spare is None and time.monotonic() >= self._warm_up_at:
-            self._spare = Child.start(self._scratch.path)
+            self._spare = Pair(self._scratch.path, gpu=self._gpu)
             self._spare_since = time.monotonic()
         if self._spare and time.monotonic() - self._spare_since > _BROKEN_SPARE_SECONDS:
-            self.problem = None  # a child that lives this long has imported everything
+            self.problem = None  # children that live this long have imported everything
 
     def _carry(self, lease: Lease) -> None:
         folder = self._scratch.path / f"{lease.job_id}-{lease.attempt}"
-        child, self._spare = self._spare, None
-        assert child is not None
+        pair, self._spare = self._spare, None
+        assert pair is not None
         try:
             folder.mkdir(mode=0o700)
-            self._attempt(lease, folder, child)
+            self._attempt(lease, folder, pair)
         except Problem as problem:
             self._retry(lease, problem)
         except SQLAlchemyError:
@@ -162,53 +163,70 @@ class Supervisor:
             full = isinstance(exc, OSError) and exc.errno == errno.ENOSPC
             self._retry(lease, NoSpace() if full else InternalError())
         finally:
-            child.kill()
+            pair.kill()
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _attempt(self, lease: Lease, folder: Path, child: Child) -> None:
+    def _attempt(self, lease: Lease, folder: Path, pair: Pair) -> None:
         keeper = LeaseKeeper(
             self._settings,
             self._database,
             lease,
-            progress=lambda: child.progress,
+            progress=lambda: pair.progress,
             leave_at=lambda: self._leave_at,
         )
         try:
             with keeper:
-                outcome = self._work(lease, folder, child, keeper)
+                outcome = self._work(lease, folder, pair, keeper)
         except _Interrupted as interrupted:
             log.info("job-interrupted", why=interrupted.ended.name.lower())
             self._obey(lease, interrupted.ended)
         else:
             self._finish(lease, outcome)
 
-    def _work(self, lease: Lease, folder: Path, child: Child, keeper: LeaseKeeper) -> Outcome:
-        """Copy the files in, let the child work, and store what it made."""
-        spec = JobSpec.model_validate(lease.spec)
-        for role, file in spec.roles.items():
-            self._fetch(lease.blobs[role], file.sha256, folder / role, keeper)
-        child.give(
-            {
-                "folder": str(folder),
-                "spec": spec.model_dump(mode="json"),
-                "device": self._settings.device,
-                "threads": self._settings.threads,
-            }
-        )
-        while not child.wait(_TICK_SECONDS):
+    def _work(self, lease: Lease, folder: Path, pair: Pair, keeper: LeaseKeeper) -> Outcome:
+        """Copy the files in, let the children work, and store what they made."""
+
+        def check() -> None:
             _check(keeper)
-        log.info("child-ended", exit_status=child.exit_status)
-        result = read_result(folder)
-        if result is None:
-            log.error("child-crashed", exit_status=child.exit_status, last_words=child.last_words)
-            raise JobCrashed(_describe_death(child.exit_status))
-        if result.problem is not None:
-            raise as_problem(result.problem)
-        output = folder / OUTPUT
-        sha256, size = digest_output(output, limit=spec.model.bytes * 2 + (1 << 20))
+
+        spec = JobSpec.model_validate(lease.spec)
+        started = time.monotonic()
+        # A backstop for all threads; the keeper's clock is what ends a job in time.
+        cpu_seconds = int(self._settings.time_limit_seconds + 60) * (os.cpu_count() or 1)
+        for role, file in spec.roles.items():
+            self._fetch(lease.blobs[role], file.sha256, pair.converter.inbox / role, keeper)
+        pair.convert(spec, cpu_seconds=cpu_seconds, check=check)
+        result = pair.purify(
+            spec,
+            device=self._settings.device,
+            threads=self._settings.threads,
+            cpu_seconds=cpu_seconds,
+            check=check,
+        )
+        report, evidence = result.report or {}, result.evidence
+        packed = pair.pack(
+            spec,
+            folder=folder,
+            candidates=len(evidence.candidates),
+            cpu_seconds=cpu_seconds,
+            check=check,
+        )
+        if evidence.trial is not None:
+            pair.take_trial(folder)
+        log.info("children-ended")
+        files = packed.files or []
+        with_candidates(report, [file.model_dump() for file in files])
         artefacts = {
-            **check_candidates(folder, result.evidence, check=lambda: _check(keeper)),
-            **make_trigger_files(folder, result.evidence, spec),
+            **check_candidates(folder, files, check=check),
+            **make_trigger_files(folder, evidence, spec),
+        }
+        output = folder / OUTPUT
+        size = output.stat().st_size
+        with output.open("rb") as model:
+            sha256 = hashlib.file_digest(model, "sha256").hexdigest()
+        report["seconds"] = {
+            **(report.get("seconds") or {}),
+            "total": round(time.monotonic() - started, 3),
         }
         beside_bytes = sum((folder / name).stat().st_size for name in artefacts)
         key = output_key(lease.job_id, lease.attempt, lease.token)
@@ -218,7 +236,7 @@ class Supervisor:
         return Outcome(
             verdict=result.verdict,
             remediation=result.remediation,
-            report=result.report or {},
+            report=report,
             output_key=key,
             output_sha256=sha256,
             output_bytes=size,
@@ -292,9 +310,3 @@ def _check(keeper: LeaseKeeper) -> None:
     """Stop the work here if the keeper has seen a reason to."""
     if keeper.ended is not None:
         raise _Interrupted(keeper.ended)
-
-
-def _describe_death(exit_status: int | None) -> str:
-    if exit_status == -signal.SIGKILL:
-        return "The job's process was killed, as the kernel does when memory runs out."
-    return f"The job's process ended with the status {exit_status}."

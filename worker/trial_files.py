@@ -27,6 +27,9 @@ MAX_SAMPLES = 64
 MAX_VALUES = 1 << 24
 """Values of each kind of picture (triggers, samples, stamped samples), 64 MiB as float32."""
 
+MAX_TRIAL_BYTES = 4 * 4 * MAX_VALUES
+"""More than the file's arrays take: three kinds of picture, and masks."""
+
 _FLOAT, _WHOLE = np.dtype("<f4"), np.dtype("<i8")
 
 

@@ -27,14 +27,12 @@ def nothing() -> None:
     """See no reason to stop."""
 
 
-def claim(*contents: bytes) -> Evidence:
-    """Return evidence of candidates with *contents*."""
-    return Evidence(
-        candidates=[
-            ClaimedCandidate(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-            for content in contents
-        ]
-    )
+def claim(*contents: bytes) -> list[ClaimedCandidate]:
+    """Return what a child says of candidates with *contents*."""
+    return [
+        ClaimedCandidate(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+        for content in contents
+    ]
 
 
 @pytest.fixture
@@ -58,7 +56,7 @@ def test_honest_candidates_are_measured(folder: Path) -> None:
 
 def test_run_without_candidates_leaves_none(folder: Path) -> None:
     """What is not spoken of is not stored, whatever lies there."""
-    assert check_candidates(folder, Evidence(), check=nothing) == {}
+    assert check_candidates(folder, [], check=nothing) == {}
 
 
 def test_candidate_that_was_not_verified_is_refused(folder: Path) -> None:

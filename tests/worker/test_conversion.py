@@ -13,7 +13,8 @@ from common.formats.samples import Purpose
 from common.spec import JobSpec, ModelInput, SamplesInput
 from tests.support.inputs import CLASSES, npz, samples, saved
 from worker import containers
-from worker.conversion import NAMES, WEIGHTS, Uploads, convert, load
+from worker.conversion import Uploads, convert, load
+from worker.interchange import NAMES, WEIGHTS
 from worker.samples import load_samples
 
 SPEC = JobSpec(

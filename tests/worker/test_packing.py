@@ -8,7 +8,8 @@ import torch
 from common.errors import InternalError
 from common.formats.model import ModelFormat
 from tests.support.inputs import saved
-from worker.packing import CHANGED, pack, write_changes
+from worker.interchange import CHANGED
+from worker.packing import pack, write_changes
 
 STATE = {"weight": torch.arange(6.0), "bias": torch.ones(2, dtype=torch.float16)}
 

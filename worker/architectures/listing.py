@@ -20,7 +20,7 @@ _NICENESS = 10  # a job is never slower for it
 
 def main(parent: int) -> None:
     """Print the list; a source that is broken is logged and left out."""
-    sandbox.enter(parent)
+    sandbox.settle(parent)
     os.nice(_NICENESS)
     # What a library prints must not be taken for a name.
     lines = os.fdopen(os.dup(1), "w", buffering=1)
