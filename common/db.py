@@ -262,6 +262,7 @@ class Worker(Base):
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
     problem: Mapped[str | None] = mapped_column(Text)
+    sandbox: Mapped[dict[str, Any] | None]  # each wall of its jobs' jail; None before it was tried
 
 
 class AnnouncedArchitecture(Base):
