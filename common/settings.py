@@ -22,6 +22,14 @@ class Auth(StrEnum):
     TOKENS = "tokens"  # holders of a bearer token
 
 
+class Sandbox(StrEnum):
+    """What a worker does where the platform lacks a wall of the jail that jobs run in."""
+
+    AUTO = "auto"  # required with a broker, best-effort without
+    REQUIRED = "required"  # take no job
+    BEST_EFFORT = "best-effort"  # say so in /readyz, and take jobs; not if a wall leaks
+
+
 class Settings(BaseSettings):
     """
     The settings of one process.
@@ -63,6 +71,11 @@ class Settings(BaseSettings):
     )
     threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of a job; 0 takes all that the process may use."
+    )
+    sandbox: Sandbox = Field(
+        Sandbox.AUTO,
+        description="Whether jobs need every wall of their jail: `required`, or `best-effort`; "
+        "`auto` is `required` with a broker.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe event that is logged."
@@ -154,6 +167,13 @@ class Settings(BaseSettings):
     def requires_tokens(self) -> bool:
         """Whether a caller must show a bearer token."""
         return self.auth is Auth.TOKENS
+
+    @property
+    def requires_sandbox(self) -> bool:
+        """Whether a worker takes no job where a wall of the jail is missing."""
+        if self.sandbox is Sandbox.AUTO:
+            return self.broker_url is not None
+        return self.sandbox is Sandbox.REQUIRED
 
     @property
     def resolved_database_url(self) -> str:

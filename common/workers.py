@@ -19,10 +19,23 @@ def announce(session: Session, name: str, *, device: str, versions: Mapping[str,
     )
 
 
-def touch(session: Session, name: str, *, problem: str | None) -> None:
-    """Say that the worker is still there, and what keeps it from working, if anything does."""
+def touch(
+    session: Session,
+    name: str,
+    *,
+    problem: str | None,
+    sandbox: Mapping[str, str] | None = None,
+) -> None:
+    """
+    Say that the worker is still there, and what keeps it from working, if anything does.
+
+    Args:
+        sandbox: How each wall of its jobs' jail holds, or ``None`` before that was tried.
+    """
     session.execute(
-        update(Worker).where(Worker.name == name).values(seen_at=now(), problem=problem)
+        update(Worker)
+        .where(Worker.name == name)
+        .values(seen_at=now(), problem=problem, sandbox=None if sandbox is None else dict(sandbox))
     )
 
 

@@ -199,11 +199,26 @@ class Check(_Schema):
     detail: str
 
 
+class WorkerView(_Schema):
+    """
+    A worker that was heard of lately.
+
+    ``problem`` says why it takes no jobs. ``sandbox`` says of each wall of its jobs' jail whether it
+    ``holds``, is ``missing: `` for a reason, or ``leaks: `` what; it is null until that was tried.
+    """
+
+    name: str
+    device: str
+    problem: str | None
+    sandbox: dict[str, str] | None
+
+
 class Readiness(_Schema):
     """Whether jobs are accepted and will be worked on."""
 
     ready: bool
     checks: dict[str, Check]
+    workers: list[WorkerView]
 
 
 def job_view(job: Job, base_url: str, *, is_expired: bool) -> JobView:

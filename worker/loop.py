@@ -9,6 +9,7 @@ import importlib.metadata
 import platform
 import threading
 import time
+from collections.abc import Mapping
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -47,6 +48,7 @@ class Loop:
 
     def run(self) -> None:
         """Poll until ``stop``; a database that is away makes it wait, not fail."""
+        self._supervisor.try_sandbox()  # before anybody hears of this worker
         housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
         housekeeper.start()
         # Without a broker nobody rings, so the looks come closer together.
@@ -75,29 +77,35 @@ class Loop:
         """Sweep, and say that this worker is there, also while a job runs."""
         announced = False
         seen = 0.0
+        shown: tuple[str | None, Mapping[str, str] | None] | None = None
         while not self._stopped.is_set():
             self._sweeper.sweep_if_due()
             self._supervisor.sweep_scratch()
             self._roster.step()
             at = time.monotonic()
-            if not announced or at - seen > _SIGN_OF_LIFE_SECONDS:
+            standing = (self._supervisor.problem, self._supervisor.sandbox)
+            if not announced or standing != shown or at - seen > _SIGN_OF_LIFE_SECONDS:
                 announced = self._show(announced=announced)
-                seen = at
+                seen, shown = at, standing
             self._stopped.wait(1.0)
         self._roster.close()
 
     def _show(self, *, announced: bool) -> bool:
         try:
             with self._database.write() as session:
-                if announced:
-                    workers.touch(session, self._supervisor.name, problem=self._supervisor.problem)
-                else:
+                if not announced:
                     workers.announce(
                         session,
                         self._supervisor.name,
                         device=self._settings.device,
                         versions=_versions(),
                     )
+                workers.touch(
+                    session,
+                    self._supervisor.name,
+                    problem=self._supervisor.problem,
+                    sandbox=self._supervisor.sandbox,
+                )
         except SQLAlchemyError as exc:
             log.warning("sign-of-life-failed", error=str(exc).splitlines()[0])
             return announced

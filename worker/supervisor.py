@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,14 @@ from common.spec import JobSpec
 from worker.artefacts import check_candidates, make_trigger_files
 from worker.child import OUTPUT
 from worker.jail import paths
+from worker.jail.inspection import inspect
+from worker.jail.verdict import Verdict
 from worker.joining import with_candidates
 from worker.keeper import Ended, LeaseKeeper
 from worker.pair import Pair
 
 _BROKEN_SPARE_SECONDS = 10.0
+_UNSAFE_SECONDS = 60.0
 _CHUNK_BYTES = 1 << 20
 
 log = structlog.get_logger(__name__)
@@ -77,7 +80,10 @@ class Supervisor:
         self._gpu = settings.device != "cpu" and paths.has_gpu()
         self._leave_at: float | None = None
         self._warm_up_at = self._spare_since = 0.0
-        self.problem: str | None = None  # why this worker may be unable to work, for /readyz
+        self._inspect_at = 0.0
+        self._inspected: Verdict | None = None
+        self._unsafe: str | None = None
+        self._broken: str | None = None
 
     def run(self, job_id: str | None = None) -> bool:
         """
@@ -89,6 +95,8 @@ class Supervisor:
         if self._leave_at is not None or not self._busy.acquire(blocking=False):
             return False
         try:
+            if not self.try_sandbox():
+                return False  # a job that waits is better off than one that is not confined
             self._warm_up()
             if self._spare is None:
                 return False  # this worker cannot work: leave the job to another one
@@ -109,6 +117,33 @@ class Supervisor:
             return True
         finally:
             self._busy.release()
+
+    @property
+    def problem(self) -> str | None:
+        """Why this worker may be unable to work, for ``/readyz``."""
+        return self._unsafe or self._broken
+
+    @property
+    def sandbox(self) -> Mapping[str, str] | None:
+        """How each wall of the jail holds, for ``/readyz``; ``None`` before it was tried."""
+        if self._inspected is None:
+            return None
+        return {str(layer): state for layer, state in self._inspected.layers.items()}
+
+    def try_sandbox(self) -> bool:
+        """Return whether jobs may run in the jail, which is tried before the first of them."""
+        if self._inspected is not None and self._unsafe is None:
+            return True
+        if time.monotonic() < self._inspect_at:
+            return False
+        self._inspected = inspect(self._scratch.path, gpu=self._gpu)
+        self._unsafe = self._inspected.problem(required=self._settings.requires_sandbox)
+        self._inspect_at = time.monotonic() + _UNSAFE_SECONDS
+        if self._unsafe is not None:
+            log.error("jobs-refused", why=self._unsafe, sandbox=self.sandbox)
+        else:
+            log.info("sandbox-tried", sandbox=self.sandbox)
+        return self._unsafe is None
 
     def leave(self, *, grace_seconds: float) -> None:
         """Claim nothing more; hand a running job back when it has not ended in *grace_seconds*."""
@@ -136,13 +171,13 @@ class Supervisor:
             self._spare.kill()
             self._spare = None
             self._warm_up_at = time.monotonic() + _BROKEN_SPARE_SECONDS
-            self.problem = f"a job process ended with the status {status} before it had a job"
+            self._broken = f"a job process ended with the status {status} before it had a job"
             log.error("spare-died", exit_status=status, last_words=words)
         if self._spare is None and time.monotonic() >= self._warm_up_at:
             self._spare = Pair(self._scratch.path, gpu=self._gpu)
             self._spare_since = time.monotonic()
         if self._spare and time.monotonic() - self._spare_since > _BROKEN_SPARE_SECONDS:
-            self.problem = None  # children that live this long have imported everything
+            self._broken = None  # children that live this long have imported everything
 
     def _carry(self, lease: Lease) -> None:
         folder = self._scratch.path / f"{lease.job_id}-{lease.attempt}"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import structlog
 from fastapi import APIRouter, Request, Response
+from sqlalchemy.exc import SQLAlchemyError
 
 from common import roster, workers
 from common.catalogue.architectures import ARCHITECTURES, foreign
@@ -13,7 +14,15 @@ from migrations.migrate import is_current
 from service.admission import DEFAULT_METHOD
 from service.context import Here, json_answer
 from service.openapi import EDGE_RESPONSES
-from service.schemas import ArchitectureView, Catalogue, Check, Health, MethodView, Readiness
+from service.schemas import (
+    ArchitectureView,
+    Catalogue,
+    Check,
+    Health,
+    MethodView,
+    Readiness,
+    WorkerView,
+)
 
 log = structlog.get_logger(__name__)
 router = APIRouter(responses=EDGE_RESPONSES)
@@ -84,7 +93,8 @@ def readiness(here: Here) -> Response:  # noqa: D103
         "worker": _check(lambda: _require_worker(here.database)),
     }
     ready = all(check.ok for check in checks.values())
-    return json_answer(Readiness(ready=ready, checks=checks), status=200 if ready else 503)
+    found = Readiness(ready=ready, checks=checks, workers=_workers(here.database))
+    return json_answer(found, status=200 if ready else 503)
 
 
 class _Missing(Exception):
@@ -105,6 +115,23 @@ def _check(probe: Callable[[], str | None]) -> Check:
 def _require_schema(database: Database) -> None:
     if not is_current(database):
         raise _Missing("not the newest; run: make migrate")
+
+
+def _workers(database: Database) -> list[WorkerView]:
+    """Return the workers that are there; none where the database does not say."""
+    try:
+        with database.read() as session:
+            return [
+                WorkerView(
+                    name=worker.name,
+                    device=worker.device,
+                    problem=worker.problem,
+                    sandbox=worker.sandbox,
+                )
+                for worker in workers.present(session)
+            ]
+    except SQLAlchemyError:
+        return []  # the checks say so
 
 
 def _require_worker(database: Database) -> str:

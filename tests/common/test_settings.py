@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from common.blobs import FileBlobStore, blob_store
-from common.settings import Auth, Settings
+from common.settings import Auth, Sandbox, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -121,3 +121,20 @@ def test_lease_outlives_a_missed_heartbeat() -> None:
     with pytest.raises(ValidationError, match="WEIGHTWASH_LEASE_SECONDS"):
         Settings(lease_seconds=10, heartbeat_seconds=6)
     assert Settings(lease_seconds=12, heartbeat_seconds=6)
+
+
+@pytest.mark.parametrize(
+    ("sandbox", "broker", "required"),
+    [
+        ("auto", None, False),
+        ("auto", "redis://localhost", True),
+        ("required", None, True),
+        ("best-effort", "redis://localhost", False),
+    ],
+)
+def test_sandbox_is_required_where_there_is_a_broker(
+    sandbox: str, broker: str | None, required: bool
+) -> None:
+    """Unless the operator says so, distributed workers need every wall, an embedded one what there is."""
+    settings = Settings(sandbox=Sandbox(sandbox), broker_url=broker)
+    assert settings.requires_sandbox is required

@@ -20,10 +20,18 @@ from common.artefacts import (
 from common.blobs import FileBlobStore, artefact_key, upload_key
 from common.db import Database, Job, State
 from common.jobs import NewJob
-from common.settings import Settings
+from common.settings import Sandbox, Settings
 from common.spec import JobSpec, ModelInput, SamplesInput
 from migrations.migrate import upgrade
 from tests.support.inputs import CLASSES, cnn_state, samples, saved
+from tests.support.jail import needs
+from worker import sandbox
+from worker import supervisor as supervisor_module
+from worker.child import OUTPUT
+from worker.jail.inspection import inspect
+from worker.jail.verdict import Verdict
+from worker.process import Child
+from worker.sandbox import LAYERS, Layer
 from worker.supervisor import Supervisor
 
 TENANT = "local"
@@ -60,13 +68,16 @@ class CancellingStore(FileBlobStore):
 class Bench:
     """A database, a store and a supervisor."""
 
-    def __init__(self, folder: Path, store: FileBlobStore) -> None:
+    def __init__(
+        self, folder: Path, store: FileBlobStore, *, sandbox: Sandbox = Sandbox.AUTO
+    ) -> None:
         self.settings = Settings(
             data_dir=folder,
             lease_seconds=1,
             heartbeat_seconds=0.2,
             cancel_poll_seconds=0.1,
             threads=1,
+            sandbox=sandbox,
         )
         self.database = Database(self.settings.resolved_database_url)
         upgrade(self.database)
@@ -211,6 +222,63 @@ def test_lease_is_kept_while_files_are_copied_and_stored(tmp_path: Path) -> None
     row = bench.row(job_id)
     assert (row.state, row.attempt) == (State.SUCCEEDED, 1)
     bench.supervisor.close()
+
+
+@needs(Layer.SECCOMP)
+def test_leaking_jail_takes_no_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wall that is there and does not hold leaves every job in the queue, and says why."""
+
+    def without_seccomp(folder: Path, *, gpu: bool) -> Verdict:
+        return inspect(folder, gpu=gpu, layers=LAYERS - {Layer.SECCOMP})
+
+    monkeypatch.setattr(supervisor_module, "inspect", without_seccomp)
+    job_id = bench.queue()
+    assert not bench.supervisor.run()
+    assert bench.row(job_id).state == State.QUEUED
+    assert "leaks" in (bench.supervisor.problem or "")
+    assert bench.supervisor.sandbox is not None
+    assert bench.supervisor.sandbox["seccomp"].startswith("leaks")
+
+
+@pytest.mark.parametrize("wanted", [Sandbox.REQUIRED, Sandbox.BEST_EFFORT])
+def test_missing_wall_is_the_operators_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: Sandbox
+) -> None:
+    """Without seccomp a worker takes jobs where the sandbox is best-effort, and none where required."""
+
+    def without_seccomp(folder: Path, *, gpu: bool) -> Verdict:
+        return inspect(folder, gpu=gpu, layers=LAYERS - {Layer.SECCOMP})
+
+    lacking = {**sandbox.missing(), Layer.SECCOMP: "not installed"}
+    monkeypatch.setattr(sandbox, "missing", lambda: lacking)
+    monkeypatch.setattr(supervisor_module, "inspect", without_seccomp)
+    bench = Bench(tmp_path, FileBlobStore(tmp_path / "blobs"), sandbox=wanted)
+    try:
+        takes_jobs = bench.supervisor.try_sandbox()
+    finally:
+        bench.supervisor.close()
+    assert takes_jobs == (wanted is Sandbox.BEST_EFFORT)
+    assert bench.supervisor.sandbox is not None
+    assert bench.supervisor.sandbox["seccomp"] == "missing: not installed"
+
+
+def test_model_that_is_no_model_is_not_stored(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a job's process leaves is held against the gate before anybody may download it."""
+    honest = Child.take
+
+    def tampered(self: Child, name: str, target: Path, *, limit: int) -> None:
+        honest(self, name, target, limit=limit)
+        if name == OUTPUT:
+            target.write_bytes(b"\x80\x02}")
+
+    monkeypatch.setattr(Child, "take", tampered)
+    job_id = bench.queue()
+    assert bench.supervisor.run()
+    row = bench.row(job_id)
+    assert (row.state, row.output_key) == (State.QUEUED, None)  # our fault, so it is tried again
+    assert list(bench.store.keys("outputs")) == []
 
 
 def test_changed_upload_is_never_purified(bench: Bench) -> None:
