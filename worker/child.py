@@ -13,11 +13,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from worker import sandbox
-from worker.sandbox import Jail
+from worker.sandbox import Jail, Stage
 
 RESULT = "result.json"
 OUTPUT = "output"
@@ -26,6 +25,7 @@ INBOX, OUTBOX = "in", "out"
 ANSWERED = {"answered": True}
 
 Progress = Callable[[str, int, int, float], None]
+Work = Callable[[dict[str, Any], Any, Progress], dict[str, Any]]
 
 
 def main(parent: int, jail: Jail) -> None:
@@ -39,7 +39,15 @@ def main(parent: int, jail: Jail) -> None:
 
     import torch  # noqa: PLC0415 - after the process is confined
 
-    from worker import pipeline  # noqa: PLC0415
+    # Each stage takes what it needs: an import is what a child spends most of its time on.
+    if jail.stage is Stage.CONVERT:
+        from worker import conversion, packing  # noqa: PLC0415
+
+        work = _converter(conversion, packing, jail)
+    else:
+        from worker import pipeline  # noqa: PLC0415
+
+        work = _purifier(torch, pipeline, jail)
 
     def report(phase: str, step: int, total: int, fraction: float) -> None:
         message = {"phase": phase, "step": step, "total": total, "fraction": round(fraction, 4)}
@@ -50,36 +58,20 @@ def main(parent: int, jail: Jail) -> None:
         order = json.loads(line)
         sandbox.limit(jail, **order["limits"])
         outbox = jail.home / OUTBOX
-        result = _run(torch, pipeline, jail, order, report)
+        result = _run(torch, work, order, report)
         temporary = outbox / f"{RESULT}.part"
         temporary.write_text(json.dumps(result))
         temporary.rename(outbox / RESULT)
         progress_pipe.write(json.dumps(ANSWERED) + "\n")
 
 
-def _run(
-    torch: Any, pipeline: Any, jail: Jail, order: dict[str, Any], report: Progress
-) -> dict[str, Any]:
+def _run(torch: Any, work: Work, order: dict[str, Any], report: Progress) -> dict[str, Any]:
     """Return what the order came to, or the problem it met."""
     from common.errors import OutOfMemory, Problem  # noqa: PLC0415
     from common.spec import JobSpec  # noqa: PLC0415
 
-    spec = JobSpec.model_validate(order["spec"])
-    inbox, outbox = jail.home / INBOX, jail.home / OUTBOX
     try:
-        match order["step"]:
-            case "convert":
-                report("load", 0, 1, 0.0)
-                pipeline.conversion.convert(_uploads(pipeline, inbox, spec), spec, outbox)
-                return {}
-            case "pack":
-                report("save", 0, 1, 0.99)
-                model = inbox / "model"
-                files = pipeline.pack(model, spec.model.format, inbox, outbox / OUTPUT)
-                report("save", 1, 1, 1.0)
-                return {"files": files}
-            case _:
-                return _purify(torch, pipeline, order, spec, (inbox, outbox), report)
+        return work(order, JobSpec.model_validate(order["spec"]), report)
     except Problem as exc:
         return {"problem": exc.as_dict()}
     except (MemoryError, torch.OutOfMemoryError) as exc:
@@ -92,38 +84,50 @@ def _run(
         return {"problem": OutOfMemory(str(exc).splitlines()[0][:300]).as_dict()}
 
 
-def _uploads(pipeline: Any, inbox: Path, spec: Any) -> Any:
-    def optional(role: str) -> Path | None:
-        return inbox / role if role in spec.roles else None
+def _converter(conversion: Any, packing: Any, jail: Jail) -> Work:
+    """Return what the child does that reads what a client sent."""
+    inbox, outbox = jail.home / INBOX, jail.home / OUTBOX
 
-    return pipeline.Uploads(
-        model=inbox / "model",
-        samples=inbox / "samples",
-        evaluation=optional("evaluation"),
-        triggered=optional("triggered"),
-    )
+    def work(order: dict[str, Any], spec: Any, report: Progress) -> dict[str, Any]:
+        if order["step"] == "convert":
+            report("load", 0, 1, 0.0)
+            files = {role: inbox / role for role in spec.roles}
+            uploads = conversion.Uploads(
+                model=files["model"],
+                samples=files["samples"],
+                evaluation=files.get("evaluation"),
+                triggered=files.get("triggered"),
+            )
+            conversion.convert(uploads, spec, outbox)
+            return {}
+        report("save", 0, 1, 0.99)
+        written = packing.pack(inbox / "model", spec.model.format, inbox, outbox / OUTPUT)
+        report("save", 1, 1, 1.0)
+        return {"files": written}
+
+    return work
 
 
-def _purify(
-    torch: Any,
-    pipeline: Any,
-    order: dict[str, Any],
-    spec: Any,
-    boxes: tuple[Path, Path],
-    report: Progress,
-) -> dict[str, Any]:
-    device = _device(torch, order["device"])
-    if order["threads"]:
-        torch.set_num_threads(order["threads"])
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    torch.backends.cudnn.benchmark = False
-    inbox, outbox = boxes
-    done = pipeline.purify(inbox, spec, outbox, device=device, progress=report)
-    return {
-        "verdict": done.verdict,
-        "remediation": done.remediation,
-        "report": done.report,
-    }
+def _purifier(torch: Any, pipeline: Any, jail: Jail) -> Work:
+    """Return what the child does that sees no uploaded byte."""
+
+    def work(order: dict[str, Any], spec: Any, report: Progress) -> dict[str, Any]:
+        report("load", 0, 1, 0.0)
+        device = _device(torch, order["device"])
+        if order["threads"]:
+            torch.set_num_threads(order["threads"])
+        torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+        torch.backends.cudnn.benchmark = False
+        done = pipeline.purify(
+            jail.home / INBOX, spec, jail.home / OUTBOX, device=device, progress=report
+        )
+        return {
+            "verdict": done.verdict,
+            "remediation": done.remediation,
+            "report": done.report,
+        }
+
+    return work
 
 
 def _device(torch: Any, wanted: str) -> Any:
