@@ -85,6 +85,9 @@ CMD ["python", "-m", "service", "serve"]
 
 
 FROM runtime AS worker
+# Debian's own installer stands on libseccomp, and jobs are confined with it: a base image without it
+# must fail here, not when the first job is refused.
+RUN python -c 'import ctypes; ctypes.CDLL("libseccomp.so.2")'
 COPY --from=worker-dependencies /opt/venv /opt/venv
 COPY --from=code /code/worker worker
 USER 10001:10001
