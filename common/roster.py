@@ -7,7 +7,7 @@ stays known for a day after that: a job for it is accepted while its only worker
 
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import delete, select
+from sqlalchemy import bindparam, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -20,13 +20,19 @@ KNOWN_SECONDS = 86400.0
 def announce(session: Session, descriptions: Mapping[str, str]) -> None:
     """Write that a worker can build the architectures in *descriptions*; forget what nobody can."""
     insert = postgresql.insert if is_postgres(session) else sqlite.insert
-    # Sorted, so that two workers that lock the same rows agree on the order.
-    for name in sorted(descriptions):
-        described = {"description": descriptions[name], "announced_at": now()}
-        session.execute(
-            insert(AnnouncedArchitecture)
-            .values(name=name, **described)
-            .on_conflict_do_update(index_elements=[AnnouncedArchitecture.name], set_=described)
+    statement = insert(AnnouncedArchitecture).values(
+        name=bindparam("each"), description=bindparam("described"), announced_at=now()
+    )
+    renewed = {
+        "description": statement.excluded.description,
+        "announced_at": statement.excluded.announced_at,
+    }
+    # Sorted, so that two workers that lock the same rows agree on the order. All in one call: while
+    # this goes on, nobody else writes to SQLite, and a heartbeat may not wait for a thousand statements.
+    if descriptions:
+        session.connection().execute(
+            statement.on_conflict_do_update(index_elements=["name"], set_=renewed),
+            [{"each": name, "described": descriptions[name]} for name in sorted(descriptions)],
         )
     session.execute(
         delete(AnnouncedArchitecture).where(
