@@ -437,6 +437,17 @@ class DamagedFile(Refused):
     default_hint = "Compare its size and sha256 with the original, then send it again."
 
 
+class UnsafeZip(Refused):
+    """The file is a zip that can be read in more than one way."""
+
+    code = "unsafe-zip"
+    title = "Zip refused"
+    default_hint = (
+        "Write it again in one go, with torch.save, np.savez or zip -r, and change nothing in it "
+        "afterwards."
+    )
+
+
 class NoStateDict(Refused):
     """The file holds no state dict."""
 

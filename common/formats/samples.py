@@ -30,7 +30,7 @@ from common.errors import (
     NoSamples,
     TooLarge,
 )
-from common.formats.zips import opened_zip
+from common.formats.zips import is_zip, opened_zip
 
 MAX_MEMBERS = 16
 """Arrays in an .npz: three are known, and a script may leave a few more in it."""
@@ -101,9 +101,12 @@ def inspect_samples(path: Path, purpose: Purpose, *, max_bytes: int) -> SampleFi
     """
     if not path.stat().st_size:
         raise EmptyFile(f"The {purpose} file is empty.")
+    if not is_zip(path):
+        raise InvalidSamples(f"The {purpose} file is not an .npz.")
     try:
         with opened_zip(
             path,
+            max_members=MAX_MEMBERS,
             max_directory_bytes=_MAX_DIRECTORY_BYTES,
             refusal=InvalidSamples(f"The {purpose} file holds more than {MAX_MEMBERS} arrays."),
         ) as archive:
@@ -119,9 +122,7 @@ def inspect_samples(path: Path, purpose: Purpose, *, max_bytes: int) -> SampleFi
         struct.error,
         zlib.error,
     ) as exc:
-        if zipfile.is_zipfile(path) or _starts_like_zip(path):
-            raise DamagedFile(f"The {purpose} file is a truncated or damaged zip.") from exc
-        raise InvalidSamples(f"The {purpose} file is not an .npz.") from exc
+        raise DamagedFile(f"The {purpose} file is a truncated or damaged zip.") from exc
 
 
 def check_labels(file: SampleFile, purpose: Purpose, *, classes: int) -> None:
@@ -138,11 +139,6 @@ def check_labels(file: SampleFile, purpose: Purpose, *, classes: int) -> None:
                 f"The {purpose} file has the {name} {highest}; the model has {classes} classes, "
                 f"0 to {classes - 1}."
             )
-
-
-def _starts_like_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 def _inspect(archive: zipfile.ZipFile, purpose: Purpose, max_bytes: int) -> SampleFile:

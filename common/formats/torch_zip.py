@@ -2,17 +2,20 @@
 The zip that ``torch.save`` writes: ``data.pkl`` describes the tensors, ``data/<key>`` hold their bytes.
 
 Nothing in ``data.pkl`` is run: ``pickle_walk`` reads it against an allow-list and yields descriptions.
+The members are those that ``torch.save`` writes and no others, under the names it gives them: torch's
+own reader finds members without regard to case, and takes the folder of the first one for that of all.
 """
 
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from common.errors import DamagedFile, PickledModule, UnsupportedFormat
+from common.errors import DamagedFile, Refused, UnsupportedFormat
 from common.formats.model import ModelFile, ModelFormat, find_state_dict, read_chunks
 from common.formats.pickle_walk import walk
 from common.formats.zips import opened_zip
@@ -20,12 +23,23 @@ from common.formats.zips import opened_zip
 MAX_PICKLE_BYTES = 16 << 20
 """Size of the description: a thousand-layer network with its optimiser takes less than 1 MiB."""
 
-MAX_MEMBERS = 100_000
-"""Files in the zip: one per tensor, and a few."""
+MAX_MEMBERS = 50_000
+"""Files in the zip: one per tensor, and a few. ``pickle_walk`` takes no more than 33,000 tensors."""
 
-_MAX_DIRECTORY_BYTES = 8 << 20  # 80 bytes for each of them
+_MAX_DIRECTORY_BYTES = 8 << 20  # 160 bytes for each of them
+_MAX_REMARK_BYTES = 64
 
 _CHUNK_BYTES = 1 << 20  # a multiple of every element size
+
+_STORAGE = re.compile(r"data/[0-9]{1,20}")  # a number, in old files an address
+_REMARKS: Mapping[str, re.Pattern[bytes]] = {
+    "version": re.compile(rb"0*([1-9]|10)\n?"),
+    "byteorder": re.compile(rb"little"),
+    ".format_version": re.compile(rb"[0-9]{1,4}"),
+    ".storage_alignment": re.compile(rb"[0-9]{1,6}"),
+    ".data/serialization_id": re.compile(rb"[0-9]*"),
+}
+"""What lies beside description and storages, and what it may say."""
 
 
 def inspect(path: Path) -> ModelFile:
@@ -36,26 +50,24 @@ def inspect(path: Path) -> ModelFile:
         Refused: It is damaged, or holds anything but a state dict with plain values.
     """
     with _opened(path) as archive:
-        members, root_name = _members(archive)
-        description = archive.read(f"{root_name}/data.pkl")
+        members = _members(archive)
         sizes = {
-            name.removeprefix(f"{root_name}/data/"): info.file_size
+            name.removeprefix("data/"): info.file_size
             for name, info in members.items()
-            if name.startswith(f"{root_name}/data/")
+            if _STORAGE.fullmatch(name)
         }
-        wrapper, prefix, tensors = find_state_dict(walk(description, storage_bytes=sizes))
+        root = walk(archive.read(members["data.pkl"]), storage_bytes=sizes)
+        wrapper, prefix, tensors = find_state_dict(root)
     return ModelFile(format=ModelFormat.TORCH, wrapper=wrapper, prefix=prefix, tensors=tensors)
 
 
 def storages(path: Path) -> Iterator[tuple[str, Iterator[tuple[int, bytes]]]]:
     """Yield every storage's key with its bytes in chunks; a wrong checksum raises ``DamagedFile``."""
     with _opened(path) as archive:
-        members, root_name = _members(archive)
-        for name in members:
-            key = name.removeprefix(f"{root_name}/data/")
-            if key != name:
-                with archive.open(name) as member:
-                    yield key, read_chunks(_chunks(member))
+        for name, info in _members(archive).items():
+            if _STORAGE.fullmatch(name):
+                with archive.open(info) as member:
+                    yield name.removeprefix("data/"), read_chunks(_chunks(member))
 
 
 def _chunks(member: IO[bytes]) -> Iterator[bytes]:
@@ -66,31 +78,48 @@ def _chunks(member: IO[bytes]) -> Iterator[bytes]:
         raise DamagedFile("The bytes of a tensor do not match their checksum.") from exc
 
 
-def _members(archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.ZipInfo], str]:
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the members by their names below the one folder that all of them lie in."""
     infos = archive.infolist()
-    if len(infos) > MAX_MEMBERS:
-        raise UnsupportedFormat(f"The zip holds {len(infos)} files; {MAX_MEMBERS} are allowed.")
-    members = {info.filename: info for info in infos}
-    if len(members) != len(infos):
-        raise UnsupportedFormat("The zip holds two files of one name.")
-    roots = {name.split("/", 1)[0] for name in members if name.endswith("/data.pkl")}
-    if any("/code/" in name or name.endswith("constants.pkl") for name in members):
-        raise UnsupportedFormat("The file is a TorchScript archive, which holds code.")
-    if len(roots) != 1:
+    names = [info.filename for info in infos]
+    _refuse_kin(names)
+    root, separator, _ = names[0].partition("/") if names else ("", "", "")
+    if not separator or not all(name.startswith(f"{root}/") for name in names):
         raise UnsupportedFormat("The file is a zip, but not one that torch.save wrote.")
-    root = roots.pop()
-    description = members.get(f"{root}/data.pkl")
-    if description is None or description.file_size > MAX_PICKLE_BYTES:
-        raise UnsupportedFormat("The zip's data.pkl is missing or implausibly large.")
-    for info in infos:
+    members = {info.filename.removeprefix(f"{root}/"): info for info in infos}
+    if not {"data.pkl", "version"} <= members.keys():
+        raise UnsupportedFormat("The file is a zip, but not one that torch.save wrote.")
+    if members["data.pkl"].file_size > MAX_PICKLE_BYTES:
+        raise UnsupportedFormat("The zip's data.pkl is implausibly large.")
+    for name, info in members.items():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise UnsupportedFormat("The zip is compressed; torch.save never does that.")
-        if info.flag_bits & 0x1:
-            raise UnsupportedFormat("The zip is encrypted.")
-    order = members.get(f"{root}/byteorder")
-    if order is not None and (order.file_size > 16 or archive.read(order) != b"little"):
+        if name in _REMARKS:
+            _check_remark(name, archive, info)
+        elif name != "data.pkl" and not _STORAGE.fullmatch(name):
+            raise UnsupportedFormat(f"The zip holds {name[:80]!r}, which torch.save never writes.")
+    return members
+
+
+def _refuse_kin(names: list[str]) -> None:
+    """Refuse the other archives that torch makes, by their names."""
+    if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+        raise UnsupportedFormat("The file is a TorchScript archive, which holds code.")
+    if any(
+        name.endswith(("/archive_format", "serialized_exported_program.json", "/models/model.json"))
+        for name in names
+    ):
+        raise UnsupportedFormat("The file is a program that torch.export wrote (.pt2).")
+    if any("/.data/extern_modules" in name for name in names):
+        raise UnsupportedFormat("The file is a torch.package archive, which holds code.")
+
+
+def _check_remark(name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    said = archive.read(info) if info.file_size <= _MAX_REMARK_BYTES else b""
+    if name == "byteorder" and said == b"big":
         raise UnsupportedFormat("The file was written on a big-endian machine.")
-    return members, root
+    if not _REMARKS[name].fullmatch(said):
+        raise UnsupportedFormat(f"The zip's {name!r} holds something that torch.save never writes.")
 
 
 @contextmanager
@@ -98,11 +127,12 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with opened_zip(
             path,
+            max_members=MAX_MEMBERS,
             max_directory_bytes=_MAX_DIRECTORY_BYTES,
-            refusal=UnsupportedFormat("The zip's directory is implausibly large."),
+            refusal=UnsupportedFormat(f"The zip holds more than {MAX_MEMBERS} files."),
         ) as archive:
             yield archive
-    except (PickledModule, UnsupportedFormat):
+    except Refused:
         raise
     except (
         zipfile.BadZipFile,

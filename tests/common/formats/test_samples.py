@@ -23,6 +23,7 @@ from common.errors import (
     Problem,
     Refused,
     TooLarge,
+    UnsafeZip,
 )
 from common.formats.samples import (
     MAX_MEMBERS,
@@ -236,7 +237,7 @@ HOSTILE: dict[str, tuple[bytes, type[Problem]]] = {
     "a zip's first bytes": (b"PK\x03\x04", DamagedFile),
     "an empty zip": (npz({}), InvalidSamples),
     "one name twice": (npz({"imaged": PIXELS, "images": PIXELS}).replace(b"imaged", b"images"),
-                       InvalidSamples),
+                       UnsafeZip),
     "no npy": (_npz(b"hello"), InvalidSamples),
     "an empty member": (_npz(b""), InvalidSamples),
     "a pickle for an array": (_npz(b"\x80\x04cos\nsystem\n."), InvalidSamples),
