@@ -26,7 +26,8 @@ class Problem(Exception):
     default_hint: ClassVar[str] = ""
 
     def __init__(self, detail: str | None = None, *, hint: str | None = None) -> None:
-        self.detail = (detail or inspect.getdoc(type(self)) or self.title)[:MAX_DETAIL_LENGTH]
+        told = (detail or inspect.getdoc(type(self)) or self.title)[:MAX_DETAIL_LENGTH]
+        self.detail = "".join(_shown(character) for character in told)
         self.hint = self.default_hint if hint is None else hint
         super().__init__(self.detail)
 
@@ -38,6 +39,11 @@ class Problem(Exception):
             "detail": self.detail,
             "hint": self.hint,
         }
+
+
+def _shown(character: str) -> str:
+    """Escape what could not be stored, sent or shown: NUL, half a surrogate pair, turned writing."""
+    return character if character.isprintable() or character == "\n" else ascii(character)[1:-1]
 
 
 class Refused(Problem):

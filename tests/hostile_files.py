@@ -240,12 +240,12 @@ GADGETS: Mapping[str, Callable[[Path], bytes]] = {
 
 
 def pickle_of_doubling_lists(depth: int) -> bytes:
-    """Name a module by a list whose printed form doubles with every level."""
+    """Hold a list whose walked or printed form doubles with every level: a billion laughs."""
     body = b"]q\x00"
     for level in range(depth):
         inner, outer = bytes([level]), bytes([level + 1])
         body += b"](h" + inner + b"h" + inner + b"eq" + outer
-    return pickled(body + text("system") + b"\x93")
+    return pickled(sequence(body))
 
 
 # safetensors ---------------------------------------------------------------------------------------

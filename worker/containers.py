@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from common.errors import UnsupportedFormat
 from common.formats.model import ITEM_BYTES
-
-MAX_DEPTH = 64
-"""Dicts, lists and tuples in one another; an optimiser's state has five. ``torch.save`` recurses."""
+from common.formats.nesting import MAX_DEPTH
 
 MAX_REUSE = 16
 """How many bytes all tensors together may have for each byte that is stored: tied weights and an

@@ -24,6 +24,9 @@ WRAPPERS = ("state_dict", "net", "model", "model_state_dict")
 PREFIX = "module."
 """What ``nn.DataParallel`` puts before every key."""
 
+MAX_NAME_LENGTH = 512
+"""Characters of a tensor's name."""
+
 
 class ModelFormat(StrEnum):
     """How a model file is packed."""
@@ -159,9 +162,20 @@ def find_state_dict(root: object) -> tuple[str | None, str, dict[str, TensorInfo
             continue
         tensors = {key: value for key, value in found.items() if isinstance(value, TensorInfo)}
         if tensors and all(isinstance(key, str) for key in tensors):
+            _check_names(tensors)
             prefix = PREFIX if all(key.startswith(PREFIX) for key in tensors) else ""
             return wrapper, prefix, {key.removeprefix(prefix): t for key, t in tensors.items()}
     raise NoStateDict("The file holds no dict of named tensors.")
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Refuse names that could not be shown, logged or stored as they are."""
+    for name in names:
+        if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+            raise UnsupportedFormat(
+                f"A tensor is named {name[:80]!a}, which is not printable or too long.",
+                hint="Rename it where the model was built, to letters, digits and dots, and save again.",
+            )
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,20 +3,35 @@ Read the pickle inside a torch zip without running it.
 
 ``pickletools`` splits the bytes into opcodes; the machine below knows the few that a state dict needs and
 a few callables by name, none of which it calls: each only makes a description. Everything else is
-refused. Source: the pickle opcodes as documented in ``pickletools``; the persistent ids and rebuild
-functions of ``torch.serialization`` and ``torch._utils``.
+refused. What it takes is a part of what torch's ``weights_only`` loader takes, with the same result, so
+that a file which passes here does not fail there. Source: the pickle opcodes as documented in
+``pickletools``; the persistent ids and rebuild functions of ``torch.serialization`` and ``torch._utils``.
 """
 
 import pickletools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from common.errors import DamagedFile, PickledModule, Problem, UnsafePickle, UnsupportedFormat
 from common.formats.model import ITEM_BYTES, TensorInfo, contiguous_stride
+from common.formats.nesting import AttributedDict, check_nesting
 
-MAX_OPCODES = 2_000_000
+MAX_OPCODES = 1_000_000
 """Opcodes in the description: about thirty per tensor."""
+
+MAX_STACK = 200_000
+"""Values that wait for their container; a pickler hands them over a thousand at a time."""
+
+MAX_MEMO = 400_000
+"""Values that are remembered to be used again: about ten per tensor."""
+
+MAX_OBJECTS = 300_000
+"""Containers and calls: about six per tensor, each of some hundred bytes here."""
+
+MAX_TEXT = 1 << 20
+"""Characters of one text; some scripts leave their configuration or their source in a checkpoint."""
 
 MAX_PLAIN_KEYS = 10_000
 """Dict keys that are not text, such as the numbers of an optimiser's parameters: unlike text, numbers
@@ -72,23 +87,28 @@ class _Opaque:
     name: str
 
 
-class _NamedDict(dict[Any, Any]):
-    """An ``OrderedDict``, which may be given attributes such as ``_metadata``."""
-
-
 _MARK = object()
 _CONSTANTS: Mapping[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = frozenset(
+_LITERALS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"})
+_MAKERS = frozenset(
     {
-        "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
-        "SHORT_BINBYTES", "BINBYTES",
+        "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL",
+        "BINPERSID", "REDUCE",
     }
 )  # fmt: skip
-_LATER_OPCODES = frozenset(
-    {"FRAME", "MEMOIZE", "STACK_GLOBAL", "SHORT_BINUNICODE", "SHORT_BINBYTES", "BINBYTES"}
-)
-"""What protocols 3 to 5 have and ``torch.load(weights_only=True)`` does not read. They are followed to
-the end all the same, so that code is called code; only then is the file refused."""
+"""What makes an object, whose size does not show in the file's."""
+
+_NEWER = frozenset(
+    {
+        "FRAME", "MEMOIZE", "STACK_GLOBAL", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES",
+        "BINBYTES", "BINBYTES8",
+    }
+)  # fmt: skip
+"""What protocols 3 to 5 write, and torch's ``weights_only`` loader does not know."""
+
+_PROTOCOL = 3
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:[0-9]{1,2})?")
+_LOCATION = re.compile(r"[a-z]{1,16}(:[0-9]{1,3})?")
 
 
 def walk(pickled: bytes, *, storage_bytes: Mapping[str, int]) -> object:
@@ -130,24 +150,29 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._plain_keys = 0
+        self._objects = 0
+        self._dtypes: dict[str, str] = {}  # of each storage
 
     def run(self, pickled: bytes) -> object:
         stack = self._stack
-        later = None
         for count, (opcode, argument, position) in enumerate(pickletools.genops(pickled)):
             if count > MAX_OPCODES:
                 raise UnsupportedFormat("The description of the tensors is implausibly long.")
             name = opcode.name
-            if name in _LATER_OPCODES:
-                later = name
+            if name == "GLOBAL" and position is not None:
+                _require_plain(pickled, position)
             if name == "STOP":
                 (value,) = self._pop(1)
                 if position is None or position + 1 != len(pickled) or stack:
                     raise ValueError("bytes after the end, or values left over")
-                if later is not None:
-                    raise _later_protocol(later)
+                check_nesting(value)
                 return value
+            self._objects += name in _MAKERS
+            if len(stack) > MAX_STACK or self._objects > MAX_OBJECTS:
+                raise UnsupportedFormat("The description of the tensors is implausibly large.")
             if name in _LITERALS:
+                if isinstance(argument, str) and len(argument) > MAX_TEXT:
+                    raise UnsupportedFormat(f"A text has more than {MAX_TEXT} characters.")
                 stack.append(argument)
             elif name in _CONSTANTS:
                 stack.append(_CONSTANTS[name])
@@ -158,7 +183,7 @@ class _Machine:
     def _step(self, name: str, argument: Any) -> None:  # noqa: C901, PLR0912 - one case per opcode
         stack = self._stack
         match name:
-            case "PROTO" | "FRAME":
+            case "PROTO" if argument <= _PROTOCOL:
                 pass
             case "MARK":
                 stack.append(_MARK)
@@ -174,8 +199,8 @@ class _Machine:
                 stack.append(tuple(self._pop(int(name[-1]))))
             case "BINPUT" | "LONG_BINPUT":
                 self._memo[argument] = self._top()
-            case "MEMOIZE":
-                self._memo[len(self._memo)] = self._top()
+                if len(self._memo) > MAX_MEMO:
+                    raise UnsupportedFormat("The description of the tensors remembers too much.")
             case "BINGET" | "LONG_BINGET":
                 stack.append(self._memo[argument])
             case "APPEND":
@@ -190,19 +215,21 @@ class _Machine:
                 self._set_items(self._pop_to_mark())
             case "GLOBAL":
                 stack.append(_global(argument))
-            case "STACK_GLOBAL":
-                module, attribute = self._pop(2)
-                if not isinstance(module, str) or not isinstance(attribute, str):
-                    raise TypeError("not a name")  # nested lists could take for ever to print
-                stack.append(_global(f"{module} {attribute}"))
             case "BINPERSID":
-                stack.append(self._storage(stack.pop()))
+                (persistent_id,) = self._pop(1)
+                stack.append(self._storage(persistent_id))
             case "REDUCE":
                 stack.append(self._reduce(*self._pop(2)))
             case "BUILD":
-                self._pop(1)  # attributes such as _metadata, which say nothing of the tensors
-                if not isinstance(stack[-1], _NamedDict):
-                    raise UnsafePickle("The pickle sets attributes of an object.")
+                (attributes,) = self._pop(1)
+                _set_attributes(self._top(), attributes)
+            case _ if name in _NEWER or name == "PROTO":
+                raise UnsupportedFormat(
+                    "The description of the tensors is in a pickle protocol that torch's safe loader "
+                    "does not read.",
+                    hint="Save it again without pickle_protocol, where the model was built: "
+                    'torch.save(model.state_dict(), "model.pt")',
+                )
             case _:
                 raise UnsafePickle(f"The pickle uses {name}, which no state dict needs.")
 
@@ -255,21 +282,29 @@ class _Machine:
             raise UnsupportedFormat(f"More than {MAX_PLAIN_KEYS} dict keys are not text.")
 
     def _storage(self, persistent_id: Any) -> _Storage:
-        kind, storage_type, key, _location, elements = persistent_id
-        if kind != "storage" or not isinstance(storage_type, _Global) or not isinstance(key, str):
+        if not isinstance(persistent_id, tuple):
+            raise TypeError("not a storage")
+        kind, storage_type, key, location, elements = persistent_id
+        if not isinstance(storage_type, _Global) or any(
+            type(text) is not str for text in (kind, key, location)
+        ):
             raise ValueError("not a storage")
         dtype = _STORAGE_DTYPES[storage_type.name.removeprefix("torch ")]
+        if kind != "storage" or not _LOCATION.fullmatch(location):
+            raise ValueError("not a storage")
         if type(elements) is not int or self._storage_bytes[key] != elements * ITEM_BYTES[dtype]:
             raise DamagedFile(f"Storage {key!r} is not as long as it is said to be.")
+        # torch keeps the type under which it met a storage first, whatever is said later.
+        if self._dtypes.setdefault(key, dtype) != dtype:
+            raise DamagedFile(f"Storage {key!r} is said to be of two types.")
         return _Storage(key, dtype, elements)
 
 
-def _later_protocol(opcode: str) -> UnsupportedFormat:
-    return UnsupportedFormat(
-        f"The pickle uses {opcode}, of a protocol that torch's loader of weights does not read.",
-        hint="Save it without pickle_protocol, which makes it 2: "
-        'torch.save(model.state_dict(), "model.pt"), run where the model was built.',
-    )
+def _require_plain(pickled: bytes, position: int) -> None:
+    """Refuse escapes in a name: ``pickletools`` undoes them, and no unpickler does."""
+    end = pickled.index(b"\n", pickled.index(b"\n", position) + 1)
+    if b"\\" in pickled[position:end]:
+        raise UnsafePickle("The pickle names something with escapes.")
 
 
 def _global(name: str) -> _Global | _Opaque:
@@ -278,25 +313,53 @@ def _global(name: str) -> _Global | _Opaque:
         return _Global(name)
     if module == "torch" and attribute in ITEM_BYTES:  # a dtype, such as torch.float32
         return _Opaque(name)
-    raise UnsafePickle(f"The pickle names {module}.{attribute}, which no state dict needs.")
+    raise UnsafePickle(
+        f"The pickle names {module[:200]}.{attribute[:200]}, which no state dict needs."
+    )
 
 
-def _call(function: Any, arguments: Any) -> Any:
+def _set_attributes(target: Any, attributes: Any) -> None:
+    """
+    Give an ``OrderedDict`` the one attribute that torch gives it.
+
+    Any other name would be looked up before the dict's own methods, by whoever calls them later.
+    """
+    if not isinstance(target, AttributedDict):
+        raise UnsafePickle("The pickle sets attributes of an object.")
+    if not isinstance(attributes, dict) or list(attributes) != ["_metadata"]:
+        raise UnsafePickle("The pickle sets attributes of a dict that torch never sets.")
+    target.metadata = attributes["_metadata"]
+
+
+def _call(function: Any, arguments: Any) -> Any:  # noqa: PLR0911 - one case per callable
     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
         raise UnsafePickle("The pickle calls something that is not a known function.")
     match function.name, arguments:
         case "collections OrderedDict", ():
-            return _NamedDict()
+            return AttributedDict()
         case "collections Counter", (dict() as counts,):
             return counts
-        case "torch._utils _rebuild_tensor_v2", (storage, offset, shape, stride, *_):
+        case "torch._utils _rebuild_tensor_v2", (storage, offset, shape, stride, bool(), hooks):
+            _require_none(hooks)
             return _tensor(storage, offset, shape, stride)
-        case "torch._utils _rebuild_parameter", (TensorInfo() as tensor, *_):
+        case "torch._utils _rebuild_parameter", (TensorInfo() as tensor, bool(), hooks):
+            _require_none(hooks)
             return tensor
-        case name, _ if name in _PLAIN_CALLS:
-            return _Opaque(name)
+        case "torch Size", (tuple() as sides,) if all(type(n) is int for n in sides):
+            return _Opaque(function.name)
+        case "torch device", (str() as device,) if _DEVICE.fullmatch(device):
+            return _Opaque(function.name)
+        case "torch device", (str() as device, int() as index) if (
+            _DEVICE.fullmatch(device) and ":" not in device and 0 <= index < 100
+        ):
+            return _Opaque(function.name)
         case _:
             raise ValueError(f"wrong arguments for {function.name}")
+
+
+def _require_none(hooks: Any) -> None:
+    if not isinstance(hooks, AttributedDict) or hooks:
+        raise UnsafePickle("The pickle hangs hooks on a tensor.")
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorInfo:

@@ -5,6 +5,8 @@ Source: the format's specification; the limits on the header are ours.
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,16 @@ MAX_TENSORS = 10_000
 MAX_RANK = 8
 """Dimensions of a tensor; a convolution over volumes has five."""
 
+MAX_BRACKETS = 5 * MAX_TENSORS
+"""Lists and objects in the header: three for each tensor, and a few."""
+
+MAX_DEPTH = 3
+"""Lists and objects inside each other: the header, a tensor, its shape."""
+
 MAX_ELEMENTS = 1 << 40
 """Any number in the header, so that products of shapes stay small numbers."""
 
+_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}"-]', re.DOTALL)
 _CHUNK_BYTES = 1 << 20
 _DTYPES: Mapping[str, str] = {
     "F64": "float64",
@@ -99,12 +108,29 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, tuple[int, int
             raise DamagedFile("The file ends inside its header.")
         header = file.read(length)
     try:
-        entries = json.loads(header.decode(), object_pairs_hook=_unique)
+        text = header.decode()
+        _check_nesting(text)
+        entries = json.loads(text, object_pairs_hook=_unique)
         described = _describe(entries)
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise DamagedFile(f"The header is damaged: {exc}.") from exc
     _check_layout([span for _, span in described.values()], size - 8 - length)
     return described, 8 + length
+
+
+def _check_nesting(text: str) -> None:
+    """Count lists and objects before any is made of them; a minus is in no number of a header."""
+    depth = count = 0
+    for token in _TOKENS.finditer(text):
+        match token[0][0]:
+            case "{" | "[":
+                depth, count = depth + 1, count + 1
+            case "}" | "]":
+                depth -= 1
+            case _ if len(token[0]) == 1:
+                raise ValueError("a text without an end, or a negative number")
+        if depth > MAX_DEPTH or count > MAX_BRACKETS:
+            raise ValueError("it is nested too deep, or too long")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,31 +146,40 @@ def _describe(entries: Any) -> dict[str, tuple[TensorInfo, tuple[int, int]]]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(type(text) is not str for text in metadata.values()):
         raise TypeError("the metadata are not texts")
+    for text in (*metadata, *metadata.values()):
+        text.encode()  # half a surrogate pair is no text to the library
     if len(entries) > MAX_TENSORS:
-        raise ValueError(f"more than {MAX_TENSORS} tensors")
-    described: dict[str, tuple[TensorInfo, tuple[int, int]]] = {}
-    for name, entry in entries.items():
-        dtype = _DTYPES[entry["dtype"]]
-        shape = entry["shape"]
-        begin, end = entry["data_offsets"]
-        if not isinstance(shape, list) or len(shape) > MAX_RANK:
-            raise TypeError(f"{name!r} has an impossible shape")
-        if any(type(n) is not int or not 0 <= n <= MAX_ELEMENTS for n in (*shape, begin, end)):
-            raise ValueError(f"{name!r} has an impossible shape or place")
-        elements = 1
-        for n in shape:
-            elements *= n
-        if end - begin != elements * ITEM_BYTES[dtype]:
-            raise ValueError(f"{name!r} is not as long as its shape says")
-        info = TensorInfo(
-            shape=tuple(shape),
-            dtype=dtype,
-            storage=name,
-            offset=0,
-            stride=contiguous_stride(tuple(shape)),
+        raise UnsupportedFormat(f"The file holds more than {MAX_TENSORS} tensors.")
+    return {name: _describe_one(name, entry) for name, entry in entries.items()}
+
+
+def _describe_one(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise TypeError(f"{name!r} is not described by type, shape and offsets")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+        raise UnsupportedFormat(
+            f"{name!r} is of a type that is not taken; there are {', '.join(_DTYPES)}.",
+            hint="Convert it where the model was built, such as with .float(), and save again.",
         )
-        described[name] = info, (begin, end)
-    return described
+    dtype = _DTYPES[entry["dtype"]]
+    shape = entry["shape"]
+    begin, end = entry["data_offsets"]
+    if not isinstance(shape, list):
+        raise TypeError(f"{name!r} has an impossible shape")
+    if len(shape) > MAX_RANK:
+        raise UnsupportedFormat(f"{name!r} has more than {MAX_RANK} dimensions.")
+    if any(type(n) is not int or not 0 <= n <= MAX_ELEMENTS for n in (*shape, begin, end)):
+        raise ValueError(f"{name!r} has an impossible shape or place")
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise ValueError(f"{name!r} is not as long as its shape says")
+    info = TensorInfo(
+        shape=tuple(shape),
+        dtype=dtype,
+        storage=name,
+        offset=0,
+        stride=contiguous_stride(tuple(shape)),
+    )
+    return info, (begin, end)
 
 
 def _check_layout(spans: list[tuple[int, int]], data_bytes: int) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from common.errors import UnsupportedFormat
 from common.formats.model import ModelFormat
+from common.formats.nesting import MAX_DEPTH
 from tests import hostile_files as hostile
 from tests.support.inputs import cnn_state
 from worker import checkpoints
-from worker.containers import MAX_DEPTH, check, identical, overlaps
+from worker.containers import check, identical, overlaps
 
 
 def reloaded(root: Any) -> Any:
