@@ -480,7 +480,10 @@ class InvalidSamples(Refused):
 
     code = "invalid-samples"
     title = "Invalid sample file"
-    default_hint = "Send an .npz: np.savez('clean.npz', images=images, labels=labels)."
+    default_hint = (
+        "Send an .npz: np.savez('clean.npz', images=images, labels=labels); or a zip with one folder "
+        "of PNG or JPEG per class."
+    )
 
 
 class NoSamples(Refused):

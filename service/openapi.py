@@ -9,7 +9,7 @@ from service.uploads import FILES, REQUIRED
 _FILE_DESCRIPTIONS = {
     "model": "The checkpoint: `.pt`/`.pth` (a state dict, bare or in a dict) or `.safetensors`.",
     "samples": "Clean images: `.npz` with `images` (uint8 NHWC, or float NCHW in [0, 1]) and "
-    "`labels`; one image per class is enough.",
+    "`labels`, or a zip of class folders of PNG or JPEG; one image per class is enough.",
     "evaluation": "Clean, labelled images, used only to measure accuracy.",
     "triggered": "Triggered images with their true `labels` and the attack's `target`, used only to "
     "measure the attack's success.",

@@ -6,6 +6,7 @@ Nothing here runs a pickle: the bytes are put together by hand, opcode by opcode
 
 import io
 import json
+import random
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -155,8 +156,13 @@ def zip_with_a_huge_directory(entries: int) -> bytes:
     return member + directory + end
 
 
-def zip_of_zeros_deflated(name: str, header: bytes, zeros: int) -> bytes:
-    """Pack *zeros* zero bytes behind *header* into a thousandth of their size."""
+def zip_of_zeros_deflated(name: str, header: bytes, zeros: int, *, noise: int = 0) -> bytes:
+    """
+    Pack *zeros* zero bytes behind *header* into a thousandth of their size.
+
+    With *noise* bytes that do not pack in each MiB it is less, so that no ratio gives it away.
+    """
+    content = random.Random(0).randbytes(noise) + bytes((1 << 20) - noise)
     buffer = io.BytesIO()
     with (
         zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive,
@@ -164,7 +170,7 @@ def zip_of_zeros_deflated(name: str, header: bytes, zeros: int) -> bytes:
     ):
         member.write(header)
         for _ in range(zeros >> 20):
-            member.write(bytes(1 << 20))
+            member.write(content)
     return buffer.getvalue()
 
 

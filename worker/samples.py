@@ -21,7 +21,10 @@ from common.errors import (
     InvalidSamples,
     NoSamples,
 )
-from common.formats.samples import ALIASES, Purpose
+from common.formats import image_folders
+from common.formats.npz import ALIASES
+from common.formats.samples import Purpose
+from worker.image_folders import load as load_folders
 
 Array = npt.NDArray[Any]
 
@@ -75,8 +78,15 @@ def load_samples(path: Path, purpose: Purpose) -> Samples:
     """
     wanted = {"images", "labels"} | ({"target"} if purpose is Purpose.TRIGGERED else set())
     if not zipfile.is_zipfile(path):
-        raise InvalidSamples("The sample file is not an .npz.")
+        raise InvalidSamples("The sample file is neither an .npz nor a zip of images.")
     try:
+        with zipfile.ZipFile(path) as zipped:
+            is_of_images = image_folders.are_in(zipped)
+        if is_of_images:
+            pixels, classes = load_folders(path)
+            return Samples(
+                images=_images(pixels), labels=_whole_numbers(classes, len(pixels)), targets=None
+            )
         with zipfile.ZipFile(path) as zipped, np.load(path, allow_pickle=False) as archive:
             names = [name for name in archive.files if ALIASES.get(name, name) in wanted]
             arrays = {ALIASES.get(name, name): _read(archive, zipped, name) for name in names}

@@ -193,7 +193,7 @@ def _read_entry(directory: bytes, position: int) -> tuple[_Member, int]:
     is_folder = name.endswith(b"/")
     if kind not in {0, stat.S_IFDIR if is_folder else stat.S_IFREG}:
         raise UnsafeZip("A member of the zip is a link or a device.")
-    if is_folder and (packed or unpacked):
+    if is_folder and unpacked:
         raise UnsafeZip("A folder in the zip has content.")
     unpacked, packed, offset = _widened(extra, (unpacked, packed, offset))
     member = _Member(

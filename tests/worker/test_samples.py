@@ -15,6 +15,7 @@ from common.errors import (
     InvalidSamples,
     NoSamples,
     Refused,
+    UnsafeZip,
 )
 from common.formats.samples import Purpose
 from tests import hostile_files as hostile
@@ -85,7 +86,7 @@ BAD: dict[str, tuple[Callable[[], bytes], type[Refused]]] = {
     "a bare array": (lambda: hostile.npy(hostile.npy_header((1,)), b"x"), InvalidSamples),
     "a bare pickle": (lambda: hostile.pickled(hostile.named("os", "system")), InvalidSamples),
     "half a zip": (lambda: npz(images=BYTES)[:200], InvalidSamples),
-    "encrypted": (hostile.zip_that_says_encrypted, InvalidSamples),
+    "encrypted": (hostile.zip_that_says_encrypted, UnsafeZip),
     "no images": (lambda: npz(labels=LABELS), InvalidSamples),
     "images under two names": (lambda: npz(images=BYTES, x=BYTES), InvalidSamples),
     "no array": (lambda: hostile.npz({"images": b"no array"}), InvalidSamples),
