@@ -1,7 +1,14 @@
 """
 Bad uploads, each built by a function named after its trick, and the small parts they are made of.
 
-Nothing here runs a pickle: the bytes are put together by hand, opcode by opcode.
+    hostile_files() -> tuple[HostileFile, ...]     each must be refused, or fail, and leave no canary
+    honest_files() -> tuple[HostileFile, ...]      each must be taken
+
+A file is for one field of a form; the others are those of ``tests.service.forms.parts()``, which every
+honest file fits. ``build(canary)`` makes its bytes; if ``carries_code``, a plain unpickler that reads
+them creates the file *canary* (``tests/common/formats/test_hostile_files.py`` proves it). ``codes`` are
+what the gate may answer. Nothing here runs a pickle: the bytes are put together by hand, opcode by
+opcode.
 """
 
 import io
@@ -10,7 +17,62 @@ import random
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+
+
+class Family(StrEnum):
+    """What a trick is about."""
+
+    CODE = "code"  # a pickle that runs something
+    PICKLE = "pickle"  # a pickle that lies, or costs too much
+    TENSOR = "tensor"  # a tensor that lies about its place or size
+    ZIP = "zip"  # a zip with two readings
+    FORMAT = "format"  # another format under our names
+    SAFETENSORS = "safetensors"
+    NUMPY = "numpy"
+    IMAGES = "images"
+    HONEST = "honest"
+
+
+class Field(StrEnum):
+    """The field of the form that a file is for."""
+
+    MODEL = "model"
+    SAMPLES = "samples"
+    EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostileFile:
+    """A file with its trick, where it goes, and the codes with which the gate may refuse it."""
+
+    name: str
+    family: Family
+    build: Callable[[Path], bytes]
+    suffix: str
+    field: Field
+    codes: frozenset[str]
+    carries_code: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.family}: {self.name}".replace(" ", "-")
+
+
+def hostile_files() -> tuple[HostileFile, ...]:
+    """Return every bad upload; none is larger than 2 MB."""
+    from tests.hostile import pickles, samples, tensors, zips
+
+    return (*pickles.files(), *tensors.files(), *zips.files(), *samples.files())
+
+
+def honest_files() -> tuple[HostileFile, ...]:
+    """Return good uploads of every kind that is taken."""
+    from tests.hostile import honest
+
+    return tuple(honest.files())
+
 
 # The parts of a pickle ------------------------------------------------------------------------------
 

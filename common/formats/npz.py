@@ -39,10 +39,13 @@ ALIASES = {"x": "images", "y": "labels"}
 
 _MAGIC = b"\x93NUMPY\x01\x00"  # later versions may declare gigabytes, and are for structured types
 _FIELD = re.compile(
-    r"\s*'(?:(descr)'\s*:\s*'([<>|=][a-zA-Z][0-9]{1,9})'"
-    r"|(fortran_order)'\s*:\s*(True|False)"
-    r"|(shape)'\s*:\s*\(\s*([0-9]{1,19}\s*(?:,\s*[0-9]{1,19}\s*){0,31},?|)\s*\))\s*(?:,|(?=\}))"
+    r" *'(?:(descr)' *: *'([<>|=][a-zA-Z][0-9]{1,9})'"
+    r"|(fortran_order)' *: *(True|False)"
+    r"|(shape)' *: *\( *((?:SIDE *(?:, *SIDE *){0,31},?)?) *\)) *(?:, *|(?=\}))".replace(
+        "SIDE", "(?:0|[1-9][0-9]{0,18})"
+    )
 )
+_REST = re.compile(r" *\} *\n?")  # any other space is one that only some readers take for a space
 _CHUNK_BYTES = 1 << 20
 
 
@@ -163,7 +166,7 @@ def _header(member: IO[bytes], info: zipfile.ZipInfo, name: str) -> _Header:
 
 
 def _parsed(header: bytes, name: str) -> _Header:
-    text = header.decode("latin1").strip()
+    text = header.decode("latin1")
     found: dict[str, str] = {}
     position = 1
     while field := _FIELD.match(text, position):
@@ -172,7 +175,7 @@ def _parsed(header: bytes, name: str) -> _Header:
             break
         found[key] = value
         position = field.end()
-    if not text.startswith("{") or text[position:].strip() != "}" or len(found) != 3:
+    if not text.startswith("{") or not _REST.fullmatch(text, position) or len(found) != 3:
         if "'|O" in text or "'O" in text:
             raise InvalidSamples(f"The array {name!r} holds objects, not numbers.")
         raise InvalidSamples(

@@ -24,7 +24,7 @@ MAX_OPCODES = 1_000_000
 MAX_STACK = 200_000
 """Values that wait for their container; a pickler hands them over a thousand at a time."""
 
-MAX_MEMO = 400_000
+MAX_MEMO = 350_000
 """Values that are remembered to be used again: about ten per tensor."""
 
 MAX_OBJECTS = 300_000

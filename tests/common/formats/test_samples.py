@@ -266,6 +266,10 @@ HOSTILE: dict[str, tuple[bytes, type[Problem]]] = {
     "a type of size 0": (_npz(npy(npy_header((4, 1, 1, 3), "|V0"))), InvalidImages),
     "strings of length 0": (_npz(npy(npy_header((1 << 40, 1, 1, 3), "|S0"))), InvalidImages),
     "code in the header": (_npz(npy("__import__('os').system('true')\n")), InvalidSamples),
+    "a space that is none to others": (
+        _npz(npy(npy_header((4, 1, 1, 3)).replace("}\n", "}\xa0\n"), bytes(12))), InvalidSamples),
+    "a number that starts with 0": (
+        _npz(npy(npy_header((4, 1, 1, 3)).replace("3", "03"), bytes(12))), InvalidSamples),
     "half a header": (_npz(npy("{'descr': (")), InvalidSamples),
     "an open string in the header": (_npz(npy("{'descr': '''")), InvalidSamples),
     "a deep header": (_npz(npy("(" * 9000 + ")" * 900)), InvalidSamples),
