@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
 
 from common.spec import JobSpec, ModelInput, SamplesInput
 from tests.support.inputs import CLASSES, cnn_state, npz, samples, saved
@@ -56,6 +58,24 @@ def test_honest_files_are_converted(tmp_path: Path) -> None:
         assert answer.problem is None
         child.take("weights", tmp_path / "weights", limit=1 << 20)
     assert (tmp_path / "weights").stat().st_size > 0
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_pictures_are_decoded_behind_all_walls(tmp_path: Path, form: str) -> None:
+    """What decodes a picture is imported late, and is there all the same."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for label in range(CLASSES):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8), (label, 0, 0)).save(picture, form)
+            archive.writestr(f"{label}/1.{form.lower()}", picture.getvalue())
+    with converter(tmp_path) as child:
+        files = {"model": saved(cnn_state()), "samples": file.getvalue()}
+        answer = convert(child, files, SPEC)
+        assert answer is not None
+        assert answer.problem is None
+        child.take("samples", tmp_path / "samples", limit=1 << 20)
+    assert safetensors.torch.load_file(tmp_path / "samples")["images"].shape == (CLASSES, 3, 8, 8)
 
 
 def test_code_in_a_model_is_not_run(tmp_path: Path) -> None:
