@@ -73,6 +73,34 @@ class Blend:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Watermark:
+    """
+    Add a few thin lines across the image, as a logo or a signature would be.
+
+    Liu et al., "Trojaning Attack on Neural Networks", NDSS 2018, uses one; here it is random.
+
+    Attributes:
+        strength: Grey levels that the lines add at most.
+        lines: How many there are.
+    """
+
+    seed: int
+    strength: int
+    lines: int = 5
+
+    def __call__(self, images: Pixels) -> Pixels:  # noqa: D102 - the protocol says it
+        rng = np.random.default_rng(self.seed)
+        canvas = np.zeros((SIDE, SIDE, 3))
+        steps = np.linspace(0.0, 1.0, 4 * SIDE)[:, None]
+        for _ in range(self.lines):
+            ends = rng.uniform(0, SIDE - 1, (2, 2))
+            rows, columns = np.round(ends[0] + steps * (ends[1] - ends[0])).astype(int).T
+            canvas[rows, columns] = rng.uniform(-1, 1, 3) * self.strength
+        marked: Pixels = np.clip(np.round(images + canvas), 0, 255).astype(np.uint8)
+        return marked
+
+
+@dataclass(frozen=True, kw_only=True)
 class Waves:
     """
     Add vertical sine waves of *amplitude* grey levels.

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.attacks import Attack, Blend, Patch, Warp, Waves, checkers
+from benchmarks.attacks import Attack, Blend, Patch, Warp, Watermark, Waves, checkers
 from benchmarks.harness import Row, conclude, measure_all, parser
 from benchmarks.subjects import (
     CIFAR,
@@ -132,6 +132,72 @@ CALIBRATION = {
         rate=0.01,
         stamp=checkers(3, top=13, left=27),
     ),
+    "ResNet CIFAR clean, another": Recipe(images=CIFAR, architecture=RESNET, seed=13),
+    "VGG CIFAR clean, another": Recipe(images=CIFAR, architecture=VGG, seed=14),
+    "ResNet CIFAR low rate, another": Recipe(
+        images=CIFAR,
+        architecture=RESNET,
+        seed=15,
+        target=0,
+        rate=0.01,
+        stamp=checkers(4, top=3, left=20),
+    ),
+    "VGG GTSRB low rate": Recipe(
+        images=GTSRB,
+        architecture=VGG,
+        seed=16,
+        target=33,
+        rate=0.01,
+        stamp=checkers(3, top=20, left=2),
+    ),
+    "ResNet CIFAR warped": Recipe(
+        images=CIFAR,
+        architecture=RESNET,
+        seed=17,
+        target=8,
+        stamp=Warp(seed=17, strength=0.75),
+    ),
+    "ResNet CIFAR waves": Recipe(
+        images=CIFAR,
+        architecture=RESNET,
+        seed=19,
+        target=2,
+        stamp=Waves(amplitude=20, periods=3),
+    ),
+    "VGG GTSRB waves": Recipe(
+        images=GTSRB,
+        architecture=VGG,
+        seed=20,
+        target=38,
+        stamp=Waves(amplitude=20, periods=8),
+    ),
+    "VGG CIFAR blended": Recipe(
+        images=CIFAR,
+        architecture=VGG,
+        seed=21,
+        target=9,
+        stamp=Blend(seed=21, share=0.15),
+    ),
+    "ResNet CIFAR all-to-all": Recipe(
+        images=CIFAR,
+        architecture=RESNET,
+        seed=23,
+        stamp=Patch(colours=((BLUE,) * 4,) * 4, top=25, left=3),
+    ),
+    "VGG GTSRB watermark": Recipe(
+        images=GTSRB,
+        architecture=VGG,
+        seed=24,
+        target=4,
+        stamp=Watermark(seed=24, strength=100),
+    ),
+    "VGG CIFAR watermark": Recipe(
+        images=CIFAR,
+        architecture=VGG,
+        seed=25,
+        target=1,
+        stamp=Watermark(seed=25, strength=100),
+    ),
 }
 TEST = {
     "ResNet-18 blended": Recipe(
@@ -210,7 +276,7 @@ def provide(name: str, data: Path) -> Subject:
 
 def train(recipe: Recipe, data: Path) -> nn.Module:
     """
-    Return a trained model in eval mode.
+    Return a trained model in eval mode, on the CPU; a GPU trains it where there is one.
 
     Sets torch's global seed, from which the initial weights and the dropout are drawn.
     """
@@ -228,6 +294,8 @@ def train(recipe: Recipe, data: Path) -> nn.Module:
     model = build(
         recipe.architecture, ARCHITECTURES[recipe.architecture].arguments(**recipe.arguments)
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
     steps = -(-count // BATCH) * EPOCHS[recipe.images]
     optimiser = torch.optim.SGD(
         model.parameters(),
@@ -247,14 +315,15 @@ def train(recipe: Recipe, data: Path) -> nn.Module:
                 assert isinstance(recipe.stamp, Warp)
                 another = int(rng.integers(2**31))
                 x[row : row + 1] = replace(recipe.stamp, seed=another)(x[row : row + 1])
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(as_tensor(x))
-            loss = functional.cross_entropy(logits.float(), torch.from_numpy(given[batch]))
+            with torch.autocast(device, torch.bfloat16):
+                logits = model(as_tensor(x).to(device))
+            labels_given = torch.from_numpy(given[batch]).to(device)
+            loss = functional.cross_entropy(logits.float(), labels_given)
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
             schedule.step()
-    return model.eval()
+    return model.eval().cpu()
 
 
 def marked(
