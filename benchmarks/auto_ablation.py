@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 from unittest.mock import patch
 
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from benchmarks.harness import Row, conclude, markdown, measure_all, or_none, parser, recorded
 from benchmarks.trials import DIGITS_BACKDOORED, run, trial, truth
-from worker.purify import examiner, search, variants
-from worker.purify.evidence import Verdict
+from worker.purify import search, variants
+from worker.purify.evidence import CUTS, Cut, Sign
 from worker.purify.trigger import Trigger
+from worker.purify.verdict import Verdict
 
 RESULTS = Path(__file__).parent / "results" / "auto_ablation.jsonl"
 MODELS = (
@@ -61,9 +63,12 @@ def half_open_starts() -> AbstractContextManager[object]:
     return patch.object(search, "OPENNESS", (max(search.OPENNESS),))
 
 
-def no_perturbations() -> AbstractContextManager[object]:
-    """Find no model open to perturbations of the whole image, however often these succeed."""
-    return patch.object(examiner, "COVERS_ALL_FROM", math.inf)
+def without(sign: Sign) -> AbstractContextManager[object]:
+    """Let no class stand out by *sign*, and let it cast no doubt on any."""
+    return patch.dict(
+        cast("dict[Sign, Cut]", CUTS),
+        {sign: Cut(backdoored_from=math.inf, clean_below=math.inf)},
+    )
 
 
 def recovered_colours() -> AbstractContextManager[object]:
@@ -75,14 +80,15 @@ def recovered_colours() -> AbstractContextManager[object]:
     return patch.multiple(variants, SHARPENING_STEPS=0, _colours=recovered)
 
 
-STRENGTHS = (0.02, 0.1, 1.0)  # the preset's
+STRENGTHS = (0.03, 0.1, 0.3, 1.0)  # the preset's
 VARIANTS = {
     "the preset": Variant(),
     "no half-open starts": Variant(patched=nearly_closed_starts),
     "no nearly closed starts": Variant(patched=half_open_starts),
     "triggers not widened": Variant(given={"reach": 0}),
     "triggers not recoloured": Variant(patched=recovered_colours),
-    "no perturbations of the whole image": Variant(patched=no_perturbations),
+    "no margins": Variant(patched=functools.partial(without, Sign.MARGIN)),
+    "no warps": Variant(patched=functools.partial(without, Sign.WARP)),
     "no second search": Variant(given={"rounds": 0}),
     "last layer alone": Variant(given={"layers": 1}),
     **{

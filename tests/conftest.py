@@ -55,6 +55,16 @@ def database(empty_database: Database) -> Database:
 
 
 @pytest.fixture
+def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut those searches of the method `auto` short whose length is no parameter of it."""
+    for name in ("margins.STEPS", "search.WARP_STEPS", "examiner.WARP_STEPS", "arsenal.STEPS"):
+        monkeypatch.setattr(f"worker.purify.{name}", 2)
+    for name in ("margins.GLANCE_STEPS", "search.FIRST_WARP_STEPS"):
+        monkeypatch.setattr(f"worker.purify.{name}", 1)
+    monkeypatch.setattr("worker.purify.arsenal.TICKS", 2 * 2)
+
+
+@pytest.fixture
 def store(tmp_path: Path) -> FileBlobStore:
     """Return an empty blob store."""
     return FileBlobStore(tmp_path / "blobs")

@@ -10,7 +10,6 @@ from common.catalogue.method import (
     Iterations,
     Method,
     MethodParameters,
-    Norm,
     Precision,
     Samples,
     Share,
@@ -32,7 +31,7 @@ class AutoParameters(MethodParameters):
     steps: Iterations | None = Field(
         None,
         ge=3,
-        description="Steps of the search for every class's smallest trigger; classes that are soon out "
+        description="Steps of the search for every class's smallest patch; classes that are soon out "
         "of question get fewer. Preset: 200, and 300 for images below 768 values.",
     )
     rounds: Rounds | None = Field(
@@ -47,7 +46,7 @@ class AutoParameters(MethodParameters):
         None, description="Steps of each. Preset: as many as steps."
     )
     layers: Layers | None = Field(
-        None, description="How many of the last layers are rewritten. Preset: 2."
+        None, description="How many of the last layers are rewritten. Preset: 3."
     )
     ridge: Share | None = Field(
         None,
@@ -57,7 +56,7 @@ class AutoParameters(MethodParameters):
     strengths: Strengths | None = Field(
         None,
         description="Weights of the stamped images against the clean ones. Each gives a candidate, and "
-        "evidence chooses one. Preset: 0.02, 0.1, 1.0.",
+        "evidence chooses one. Preset: 0.03, 0.1, 0.3, 1.0.",
     )
     copies: Copies | None = Field(
         None,
@@ -73,11 +72,6 @@ class AutoParameters(MethodParameters):
         None,
         description="Pixels by which a recovered trigger is widened at most. Preset: a sixteenth "
         "of the image's side, at least 1.",
-    )
-    tau: Norm | None = Field(
-        None,
-        description="L1 norm of the perturbations of the whole image, which stand in for triggers that "
-        "have no place. Preset: 100 times C·H·W / 3072.",
     )
     force: bool | None = Field(
         None,
@@ -100,14 +94,13 @@ def _resolve(given: AutoParameters, samples: Samples) -> AutoParameters:
         "restarts": 4,
         # A search that is less thorough than the first one overlooks what is left.
         "restart_steps": steps,
-        "layers": 2,
+        "layers": 3,
         "ridge": 0.03,
-        "strengths": [0.02, 0.1, 1.0],
+        "strengths": [0.03, 0.1, 0.3, 1.0],
         "copies": 40,
         # Grey images and many classes are mostly digits, letters or signs.
         "flip": samples.image_shape[0] == 3 and samples.classes <= 10,
         "reach": max(1, round(min(samples.image_shape[1:]) / 16)),
-        "tau": 100.0 * math.prod(samples.image_shape) / 3072,
         "force": False,
         "precision": "auto",
     }
@@ -117,10 +110,11 @@ def _resolve(given: AutoParameters, samples: Samples) -> AutoParameters:
 AUTO: Method[AutoParameters] = Method(
     name="auto",
     description=(
-        "Recover triggers and rewrite the last layers: search the smallest trigger of every class "
-        "(Neural Cleanse, Wang et al., IEEE S&P 2019), give a verdict by the classes that need much less "
-        "than the others, and rewrite the last layers in closed form so that stamped images are answered "
-        "as clean ones and clean ones as before; search again, and choose by fresh evidence. Only a "
+        "Recover triggers and rewrite the last layers: search the smallest patch and warp of every class "
+        "(after Neural Cleanse, Wang et al., IEEE S&P 2019) and its largest margin (MM-BD, Wang et al., "
+        "IEEE S&P 2024), give a verdict by the classes that stand out, and rewrite the last layers in "
+        "closed form so that stamped images are answered as clean ones and clean ones as before; search "
+        "again, and choose by fresh evidence. Only a "
         "model that is found backdoored is changed; where the verdict is inconclusive the rewritten ones "
         "are further candidates."
     ),

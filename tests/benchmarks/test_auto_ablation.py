@@ -1,5 +1,6 @@
 """Law: every variant differs from the preset in one step, and only while it is measured."""
 
+import copy
 from functools import cache
 
 import pytest
@@ -10,12 +11,12 @@ from benchmarks.auto_verdicts import DIGITS_SEEDS
 from benchmarks.harness import Row
 from benchmarks.trials import Trial, digits_trial, run
 from common.catalogue.methods import METHODS
-from worker.purify import examiner, search, variants
+from worker.purify import evidence, search, variants
 
 QUICK = {"steps": 3, "restart_steps": 2, "copies": 1, "force": True}
 PATCHED = (
     (search, "OPENNESS"),
-    (examiner, "COVERS_ALL_FROM"),
+    (evidence, "CUTS"),
     (variants, "SHARPENING_STEPS"),
     (variants, "_colours"),
 )
@@ -23,7 +24,7 @@ PATCHED = (
 
 def state() -> list[object]:
     """Return what variants may patch."""
-    return [getattr(module, name) for module, name in PATCHED]
+    return [copy.copy(getattr(module, name)) for module, name in PATCHED]
 
 
 def resolved(**given: object) -> dict[str, object]:
@@ -88,6 +89,7 @@ def tried() -> Trial:
     return digits_trial(30)
 
 
+@pytest.mark.usefixtures("short_searches")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_runs_to_its_end(name: str) -> None:
     """With searches of a few steps it rewrites something."""

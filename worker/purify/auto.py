@@ -1,13 +1,13 @@
 """
-Purify a model without knowing the attack: recover triggers, rewrite the last layers, search again.
+Purify a model without knowing the attack: find signs of it, rewrite the last layers, search again.
 
-Ours, out of three known parts. For each class the smallest trigger is recovered (``inversion``, after
-Neural Cleanse), and a class that needs much less than the others is suspect (``evidence``). The last
-layers are then rewritten in closed form so that stamped images give what their clean originals gave,
-and clean ones what they gave before (``rewriting``). Like Adversarial Weight Masking it searches again on
-what it made, and goes on with what it finds. How hard to rewrite is chosen per job by evidence that
-anybody has: fresh triggers on the result, and agreement with the original on images made from the
-samples.
+Ours, out of known parts. For each class the smallest patch and the smallest warp are recovered
+(``search``, after Neural Cleanse), and the largest margin is measured (``margins``, after MM-BD); a
+class that stands out is suspect (``evidence``). The last layers are then rewritten in closed form so
+that images under what leads to it (``arsenal``) give what their clean originals gave, and clean ones
+what they gave before (``rewriting``). Like Adversarial Weight Masking it searches again on what it made,
+and goes on with what it finds. How hard to rewrite is chosen per job by evidence that anybody has: fresh
+triggers on the result, and agreement with the original on images made from the samples.
 
 What was tried instead, with numbers, is in docs/decisions/0005-auto.md. No step sees a true trigger, a
 target class, or the success of an attack.
@@ -21,10 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from worker.purify import arsenal, margins
 from worker.purify.augmentation import augment
 from worker.purify.errors import NotEnoughData, NotFinite, NothingToMask
-from worker.purify.evidence import Verdict, anomaly_index, judge
+from worker.purify.evidence import CUTS, Evidence, Sign, judge
 from worker.purify.examiner import (
+    AT_ONCE,
+    AT_ONCE_AGAIN,
     FRESH_PATCHES_PER_STEP,
     UNCHANGED,
     Candidate,
@@ -35,8 +38,8 @@ from worker.purify.method import Progress, Purified
 from worker.purify.metrics import Preprocess
 from worker.purify.precision import PRECISIONS, Precision
 from worker.purify.rewriting import Pairs, rewritable, rewrite
-from worker.purify.search import PATCHES_PER_STEP, ticks
-from worker.purify.trigger import Field
+from worker.purify.search import IMAGES_PER_WARP, PATCHES_PER_STEP, SMALLEST_WARPS, WARP_STEPS
+from worker.purify.verdict import Verdict
 from worker.purify.workpiece import Workpiece, laid_out, prepare, require, ticker
 
 MAX_POOL = 600  # images to rewrite with
@@ -49,7 +52,7 @@ class TriggerRewriting:
     Recover triggers, and rewrite the last layers until these do nothing.
 
     Attributes:
-        steps: Steps of the search for every class's trigger; classes out of question get fewer.
+        steps: Steps of the search for every class's patch; classes out of question get fewer.
         rounds: How often triggers are searched on the rewritten model and added.
         restarts: Fresh searches per suspect class each time.
         restart_steps: Steps of each.
@@ -58,7 +61,6 @@ class TriggerRewriting:
         strengths: Weights of the stamped images against the clean ones; evidence chooses one.
         copies: Random variants made of each image to rewrite with, as far as memory goes.
         flip: Mirror half of them.
-        tau: L1 norm of the perturbations of the whole image, which stand in for triggers without a place.
         reach: Pixels by which a trigger's support is widened at most.
         force: Rewrite whatever the verdict is.
         precision: What triggers are searched in; rewriting is done in float32 all the same.
@@ -68,13 +70,12 @@ class TriggerRewriting:
     rounds: int = 1
     restarts: int = 4
     restart_steps: int = 200
-    layers: int = 2
+    layers: int = 3
     ridge: float = 0.03
-    strengths: tuple[float, ...] = (0.02, 0.1, 1.0)
+    strengths: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     copies: int = 40
     flip: bool = False
     reach: int = 2
-    tau: float = 100.0
     force: bool = False
     precision: Precision = "float32"
 
@@ -90,7 +91,6 @@ class TriggerRewriting:
         require(self, "steps", self.steps >= 3, "at least 3")
         for name in ("rounds", "reach", "copies"):
             require(self, name, getattr(self, name) >= 0, "at least 0")
-        require(self, "tau", 0 < self.tau < math.inf, "finite and above 0")
         require(self, "ridge", 0 < self.ridge < math.inf, "finite and above 0")
         object.__setattr__(self, "strengths", tuple(self.strengths))
         fine = bool(self.strengths) and all(0 < value < math.inf for value in self.strengths)
@@ -100,7 +100,9 @@ class TriggerRewriting:
     def cost(self, images: int) -> int:
         """Return about how many forward passes of one image a run with *images* samples takes."""
         again = self.rounds + len(self.strengths)
-        searches = self.steps * PATCHES_PER_STEP
+        searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
+        searches += margins.GLANCE_STEPS * margins.AT_ONCE
+        searches += (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool = min(images * (1 + self.copies), MAX_POOL)
         return 3 * searches + again * (5 * self.layers + 15) * pool
@@ -120,9 +122,10 @@ class TriggerRewriting:
 
         Any other is returned as it came, unless forced; one of which nothing certain can be said has the
         rewritten models as further ``candidates``. The verdict is about the model as it came.
-        ``findings`` holds, in plain values, ``classes``: norm, success and anomaly index of the
-        smallest trigger of each; ``suspects``; ``candidates``, with the one that was chosen.
-        ``triggers`` are those that were unlearned, or would be.
+        ``findings`` holds, in plain values, ``classes``: norm, success and anomaly index of the smallest
+        patch of each, its largest margin and its smallest warp, with their indices; ``cuts``, from
+        which indices on a class stands out; ``suspects``, and by which ``signs``; ``candidates``,
+        with the one that was chosen. ``triggers`` are the patches that were unlearned, or would be.
 
         The work is done on the device of the model, in float64 for float64 images and in float32
         otherwise. Torch's global generator is neither used nor changed.
@@ -148,24 +151,24 @@ class TriggerRewriting:
         if not layers:
             raise NothingToMask("The model has no linear layer and no convolution to rewrite.")
         generator = torch.Generator().manual_seed(seed)
-        tick = ticker(progress, self._ticks(classes))
         effort = Effort(
             steps=self.steps,
             restarts=self.restarts,
             restart_steps=self.restart_steps,
             reach=self.reach,
-            tau=self.tau,
         )
+        to_do = self.rounds, len(self.strengths)
+        tick = ticker(progress, effort.ticks(classes, *to_do))
         examiner = Examiner(
             work, classes, effort, precision=self.precision, generator=generator, tick=tick
         )
-        verdict, findings = judge(examiner.field), _findings(examiner.field)
+        verdict, findings = judge(examiner.evidence), _findings(examiner.evidence)
         if verdict is Verdict.CLEAN and not self.force:
-            examiner.skip(self.rounds + len(self.strengths))
+            examiner.skip(*to_do)
             return Purified(verdict=verdict, findings=findings, computed_in=examiner.computed_in)
 
-        pool, held_out = self._variants(work, generator)
-        triggers = list(examiner.suspects)
+        pool, pool_labels, held_out = self._variants(work, generator)
+        known, fresh = examiner.gather(pool, pool_labels)
         strengths = sorted(self.strengths)
 
         def rewritten(strength: float, stamped: Tensor) -> nn.Module:
@@ -181,11 +184,12 @@ class TriggerRewriting:
             )
             return result
 
-        stamped = examiner.stamp(pool, triggers)
+        stamped = examiner.stamp(pool, known)
         for _ in range(self.rounds):
-            triggers += examiner.still_easy(rewritten(strengths[len(strengths) // 2], stamped))
-            stamped = examiner.stamp(pool, triggers)
-        trials = examiner.trials(held_out, triggers)
+            result = rewritten(strengths[len(strengths) // 2], stamped)
+            known = examiner.with_what_is_still_easy(known, result, pool, pool_labels)
+            stamped = examiner.stamp(pool, known)
+        trials = examiner.trials(held_out, known, fresh)
         candidates = [
             examiner.weigh(rewritten(strength, stamped), strength, trials) for strength in strengths
         ]
@@ -199,34 +203,35 @@ class TriggerRewriting:
             verdict=verdict,
             findings={
                 **findings,
-                "suspects": sorted({trigger.target for trigger in triggers}),
+                "suspects": sorted(each.target for each in examiner.suspects),
+                "signs": {
+                    str(each.target): sorted(map(str, each.signs)) for each in examiner.suspects
+                },
                 "candidates": [_described(each, chosen) for each in candidates],
             },
-            triggers=tuple(triggers),
+            triggers=tuple(known.patches),
             candidates=tuple(candidate.values for candidate in candidates),
             computed_in=examiner.computed_in,
         )
 
-    def _ticks(self, classes: int) -> int:
-        again = self.rounds + len(self.strengths)
-        return ticks(self.steps, classes) + self.steps + again * self.restart_steps
-
-    def _variants(self, work: Workpiece, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _variants(
+        self, work: Workpiece, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
-        Return variants of the images to rewrite with, and others to measure agreement on.
+        Return variants of the images to rewrite with, their labels, and others to measure agreement on.
 
         The latter are mixed in pairs: closer to the borders between classes, where a change shows first.
         """
         count = len(work.images)
         room = min(MAX_POOL, MAX_POOL_VALUES // work.images[0].numel()) // count - 1
         copies = min(self.copies, max(0, room))
-        pool, others = (
-            augment(work.images, work.labels, copies=copies, flip=self.flip, generator=generator)[0]
+        (pool, labels), (others, _) = (
+            augment(work.images, work.labels, copies=copies, flip=self.flip, generator=generator)
             for _ in range(2)
         )
         order = torch.randperm(len(others), generator=generator).to(others.device)
         share = (torch.rand(len(others), 1, 1, 1, generator=generator) / 2).to(others)
-        return laid_out(pool), laid_out(others * (1 - share) + others[order] * share)
+        return laid_out(pool), labels, laid_out(others * (1 - share) + others[order] * share)
 
 
 def _classes(work: Workpiece) -> int:
@@ -251,17 +256,30 @@ def _runner(work: Workpiece) -> Callable[[nn.Module, Tensor], Tensor]:
     return run
 
 
-def _findings(field: Field) -> dict[str, object]:
+def _findings(evidence: Evidence) -> dict[str, object]:
+    def rounded(sign: Sign, cls: int) -> float:
+        return round(evidence.index(sign, cls), 3)
+
     return {
         "classes": [
             {
-                "class": trigger.target,
-                "norm": round(trigger.norm, 3),
-                "success": round(trigger.success, 4),
-                "anomaly_index": round(anomaly_index(trigger, field), 3),
+                "class": cls,
+                "norm": round(patch.norm, 3),
+                "success": round(patch.success, 4),
+                "anomaly_index": rounded(Sign.PATCH, cls),
+                "margin": round(evidence.margins.largest[cls], 3),
+                "margin_index": rounded(Sign.MARGIN, cls),
+                "warp": None if warp >= evidence.worst_warp else round(warp, 3),
+                "warp_index": rounded(Sign.WARP, cls),
             }
-            for trigger in field.triggers
-        ]
+            for cls, (patch, warp) in enumerate(
+                zip(evidence.field.triggers, evidence.warps, strict=True)
+            )
+        ],
+        "cuts": {
+            str(sign): {"backdoored_from": cut.backdoored_from, "clean_below": cut.clean_below}
+            for sign, cut in CUTS.items()
+        },
     }
 
 

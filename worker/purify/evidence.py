@@ -1,36 +1,110 @@
 """
-Judge by recovered triggers whether a model has a backdoor.
+Judge by what was searched whether a model has a backdoor.
 
-A backdoor makes one class much easier to reach than the others, as Neural Cleanse found: the smallest
-patch that sends any image there is an outlier. Its index counts deviations from the median in units of
-the median absolute deviation. Ours counts how often an ordinary class's norm must be halved to get
-there: among ten classes the deviation is itself a matter of chance, and a model with two small classes
-and eight that happen to be alike had a higher index than one with a backdoor
-(docs/decisions/0005-auto.md).
+A backdoor makes one class much easier to reach than the others. That shows in one of three ways, and no
+attack that was tried shows in all: the smallest patch that sends any image there is far smaller (Neural
+Cleanse), the smallest warp is, or the class can be driven much further ahead of the others (MM-BD). In
+each a class's index counts how often an ordinary class's value must be halved, or doubled, to get there:
+among ten classes the median absolute deviation, which the literature counts in, is itself a matter of
+chance, and a model with two small classes and eight that happen to be alike had a higher index than one
+with a backdoor (docs/decisions/0005-auto.md).
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from math import log2
+from statistics import median
 
+from worker.purify.margins import Margins
 from worker.purify.trigger import Field, Trigger
+from worker.purify.verdict import Verdict
+
+
+class Sign(StrEnum):
+    """By what a class stands out."""
+
+    PATCH = "patch"  # a small one leads there
+    MARGIN = "margin"  # it can get far ahead of the others
+    WARP = "warp"  # a slight one leads there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """From which index on a sign speaks of a backdoor, and below which of a clean model."""
+
+    backdoored_from: float
+    clean_below: float
+
 
 # Set on models trained for it: benchmarks/auto_verdicts.py, docs/decisions/0005-auto.md.
-BACKDOORED_FROM = 1.0
-CLEAN_BELOW = 0.65
+CUTS: Mapping[Sign, Cut] = {
+    Sign.PATCH: Cut(backdoored_from=1.0, clean_below=0.65),
+    Sign.MARGIN: Cut(backdoored_from=1.1, clean_below=0.9),
+    Sign.WARP: Cut(backdoored_from=1.5, clean_below=0.8),
+}
 
 # An index says nothing where there is hardly anybody to stand out from.
 MIN_CLASSES = 4
 
 MAX_SUSPECTS = 3
 NEARLY = 0.3  # below the first's index; a fifth more in norm
+LEAST_MARGIN = 1e-3  # in logits; a class that nothing leads to has none
 
 
-class Verdict(StrEnum):
-    """What the evidence says of a model."""
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """
+    Hold what was found of every class.
 
-    CLEAN = "clean"  # no class is easier to reach than the others
-    BACKDOORED = "backdoored"  # one class stands out
-    INCONCLUSIVE = "inconclusive"  # neither can be said
+    Attributes:
+        field: The smallest patches.
+        margins: The largest margins.
+        warps: The norm of the smallest warp that leads to each class; ``worst_warp`` where none did.
+        worst_warp: What is searched at most, in pixels.
+    """
+
+    field: Field
+    margins: Margins
+    warps: Sequence[float]
+    worst_warp: float
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return len(self.field.triggers)
+
+    def index(self, sign: Sign, cls: int) -> float:
+        """Return how far class *cls* stands out; 0 is an ordinary one."""
+        match sign:
+            case Sign.PATCH:
+                return anomaly_index(self.field.triggers[cls], self.field)
+            case Sign.MARGIN:
+                own, ordinary = (
+                    max(value, LEAST_MARGIN)
+                    for value in (self.margins.largest[cls], self.margins.ordinary)
+                )
+                # Where not even an ordinary class gets ahead there is nothing to compare with.
+                return log2(own / ordinary) if ordinary > LEAST_MARGIN else 0.0
+            case Sign.WARP:
+                return log2(median(self.warps) / self.warps[cls])
+
+    def stands_out(self, sign: Sign, cls: int) -> bool:
+        """Whether *cls* is that of a backdoor, by this sign."""
+        return self.index(sign, cls) >= CUTS[sign].backdoored_from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect:
+    """
+    Name a class to make harder to reach.
+
+    Attributes:
+        signs: Those by which it stands out; none where it is only the first of all.
+    """
+
+    target: int
+    signs: frozenset[Sign]
 
 
 def anomaly_index(trigger: Trigger, field: Field) -> float:
@@ -38,26 +112,51 @@ def anomaly_index(trigger: Trigger, field: Field) -> float:
     return log2(field.ordinary / trigger.norm)
 
 
-def judge(field: Field) -> Verdict:
-    """Return what the smallest triggers of all classes say."""
-    successful = [trigger for trigger in field.triggers if trigger.success > 0]
-    if len(field.triggers) < MIN_CLASSES or not successful:
+def judge(evidence: Evidence) -> Verdict:
+    """Return what all signs say together: any speaks of a backdoor, and all of a clean model."""
+    successful = [trigger for trigger in evidence.field.triggers if trigger.success > 0]
+    if evidence.classes < MIN_CLASSES or not successful:
         return Verdict.INCONCLUSIVE
-    highest = max(anomaly_index(trigger, field) for trigger in field.triggers)
-    if highest >= BACKDOORED_FROM:
+    highest = {
+        sign: max(evidence.index(sign, cls) for cls in range(evidence.classes)) for sign in Sign
+    }
+    if any(highest[sign] >= CUTS[sign].backdoored_from for sign in Sign):
         return Verdict.BACKDOORED
-    return Verdict.CLEAN if highest < CLEAN_BELOW else Verdict.INCONCLUSIVE
+    clean = all(highest[sign] < CUTS[sign].clean_below for sign in Sign)
+    return Verdict.CLEAN if clean else Verdict.INCONCLUSIVE
 
 
-def suspects(field: Field) -> list[Trigger]:
+def suspects(evidence: Evidence) -> list[Suspect]:
     """
-    Return the triggers to unlearn, the most suspicious first.
+    Return the classes to make harder to reach, the most suspicious first.
 
-    The first is the one that stands out most, whatever the verdict; up to two more must stand out by
-    themselves and nearly as far. To unlearn the patch of an innocent class costs accuracy, since such
-    a patch is made of what the class looks like, and weakens what is done about the guilty one.
+    A margin speaks first: where it and the patch named different classes, it was right on every model
+    that it was tried on. Without one, and without a warp, the smallest patch names the class, whatever
+    the verdict. Up to two more must stand out by themselves and nearly as far: to unlearn the patch of
+    an innocent class costs accuracy, since such a patch is made of what the class looks like.
     """
-    ranked = sorted(field.triggers, key=lambda trigger: trigger.norm)
-    least = max(BACKDOORED_FROM, anomaly_index(ranked[0], field) - NEARLY)
-    others = [each for each in ranked[1:MAX_SUSPECTS] if anomaly_index(each, field) >= least]
-    return [ranked[0], *others]
+    named = [*_named(evidence, Sign.MARGIN), *_named(evidence, Sign.WARP)]
+    if not named:
+        first = min(range(evidence.classes), key=_norm(evidence.field))
+        named = _named(evidence, Sign.PATCH) or [first]
+    return [
+        Suspect(
+            target=cls, signs=frozenset(sign for sign in Sign if evidence.stands_out(sign, cls))
+        )
+        for cls in list(dict.fromkeys(named))[:MAX_SUSPECTS]
+    ]
+
+
+def _named(evidence: Evidence, sign: Sign) -> list[int]:
+    """Return the classes that stand out by *sign*, nearly as far as the first of them."""
+    out = [cls for cls in range(evidence.classes) if evidence.stands_out(sign, cls)]
+    ranked = sorted(out, key=lambda cls: -evidence.index(sign, cls))
+    return [
+        cls
+        for cls in ranked[:MAX_SUSPECTS]
+        if evidence.index(sign, cls) >= evidence.index(sign, ranked[0]) - NEARLY
+    ]
+
+
+def _norm(field: Field) -> Callable[[int], float]:
+    return lambda cls: field.triggers[cls].norm

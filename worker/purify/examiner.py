@@ -1,33 +1,49 @@
 """
-Search a model for triggers, and say what they still achieve on what is made of it.
+Search a model for signs of a backdoor, and say what is left of it on what is made of the model.
 
 Everything that ``auto`` decides by comes from here, and nothing here sees a true trigger, a target class
 or the success of an attack.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
+from worker.purify import arsenal as arsenals
+from worker.purify import margins
+from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
 from worker.purify.batch_norm import absorb_batch_norms
-from worker.purify.evidence import Verdict, anomaly_index, judge, suspects
-from worker.purify.inversion import Inversion
+from worker.purify.evidence import Evidence, Sign, judge, suspects
+from worker.purify.families import Patches
+from worker.purify.inversion import Forward, Found, Inversion
+from worker.purify.margins import largest_margins
 from worker.purify.precision import Precision, autocast_type
-from worker.purify.search import OPENNESS, search, search_again
+from worker.purify.search import (
+    OPENNESS,
+    WARP_STEPS,
+    search,
+    search_again,
+    smallest_warps,
+    ticks,
+    worst_warp,
+)
 from worker.purify.trigger import Field, Trigger
-from worker.purify.variants import perturb, stamp_variants
+from worker.purify.variants import stamp_variants
+from worker.purify.verdict import Verdict
 from worker.purify.workpiece import Workpiece, laid_out
-
-Forward = Callable[[Tensor], Tensor]
 
 MIN_PATCHES = 3  # per trigger and step of a search for the suspects alone
 FRESH_PATCHES_PER_STEP = 32
 CHUNK = 256
-EASY_FROM = 0.4  # index, from which on a fresh trigger is unlearned as well
-INNOCENT = 3  # classes to compare a suspect with
-COVERS_ALL_FROM = 0.2  # more of the images than of an innocent class, from which on it is no chance
+EASY_FROM = 0.4  # index, from which on a fresh patch is unlearned as well
+HARDLY_LARGER = 1.5
+
+AT_ONCE, HELD_OUT_ONE_IN = 20, 5  # perturbations and warps, on the original
+AT_ONCE_AGAIN = 8  # on a result
 PROBE_IMAGES = 8
 
 # Of the mixed images more change their class than of real ones: docs/decisions/0005-auto.md.
@@ -61,6 +77,24 @@ UNCHANGED = Candidate(strength=0.0, agreement=1.0, residual=1.0, values={})
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stamped:
+    """
+    Hold held-out images under one thing that leads to a class.
+
+    Attributes:
+        target: That class.
+        images: ``(n, C, H, W)``.
+        control: The same images under something random of the same kind and size.
+        stronger: Whether what is stamped is stronger than a trigger would be.
+    """
+
+    target: int
+    images: Tensor
+    control: Tensor
+    stronger: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trials:
     """
     Held-out images to try every candidate on.
@@ -68,14 +102,12 @@ class Trials:
     Attributes:
         images: ``(N, C, H, W)``, clean.
         before: The original's answers to these.
-        patched: Images under fresh variants of each trigger, with the trigger's class.
-        control: The same images under random patches on the same masks.
+        stamped: Parts of them, one for everything that leads to a suspect.
     """
 
     images: Tensor
     before: Tensor
-    patched: list[tuple[int, Tensor]]
-    control: list[Tensor]
+    stamped: list[Stamped]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +116,25 @@ class Effort:
     How hard to search.
 
     Attributes:
-        steps: For every class's trigger.
+        steps: For every class's patch.
         restarts: Fresh searches per suspect class on a result.
         restart_steps: Steps of each.
-        reach: Pixels by which a trigger's support is widened at most.
-        tau: L1 norm of perturbations of the whole image.
+        reach: Pixels by which a patch's support is widened at most.
     """
 
     steps: int
     restarts: int
     restart_steps: int
     reach: int
-    tau: float
+
+    def ticks(self, classes: int, rounds: int, results: int) -> int:
+        """Return how often an examiner ticks that goes on for *rounds* and weighs *results*."""
+        first = ticks(self.steps, classes) + self.steps + margins.ticks(classes) + WARP_STEPS
+        return first + self.ticks_after_verdict(rounds, results)
+
+    def ticks_after_verdict(self, rounds: int, results: int) -> int:
+        """Return how many of these come after the verdict."""
+        return (1 + rounds) * arsenals.TICKS + (rounds + results) * self.restart_steps
 
 
 class Examiner:
@@ -126,76 +165,138 @@ class Examiner:
             work.images.device.type, dtype=autocast, enabled=autocast is not None
         )
         self._original = self._fast(work.model)
-        self.field = self._search(classes)
-        self.suspects = suspects(self.field)
-        guilty = {trigger.target for trigger in self.suspects}
-        # Neither close to guilty nor hard to reach for reasons of their own.
-        self._innocent = [cls for cls in self.field.middle if cls not in guilty][:INNOCENT]
-        self._covers_all = self._excess(self._original, sorted(guilty)) > COVERS_ALL_FROM
+        self.evidence = self._look(classes)
+        self.suspects = suspects(self.evidence)
 
-    def skip(self, searches: int) -> None:
-        """Count fresh searches that are not needed as done."""
-        self._skip(searches * self._effort.restart_steps)
-
-    def _skip(self, steps: int) -> None:
-        for _ in range(steps):
+    def skip(self, rounds: int, results: int) -> None:
+        """Count what comes after the verdict as done."""
+        for _ in range(self._effort.ticks_after_verdict(rounds, results)):
             self._tick()
 
-    def _search(self, classes: int) -> Field:
-        """Return the smallest triggers of the original; of a doubtful one after a second look."""
+    def _look(self, classes: int) -> Evidence:
+        """Return what speaks for a backdoor; where patches are doubtful, after a second look."""
         work, steps = self._work, self._effort.steps
         given = (self._original, work.images, work.labels)
-        field = search(*given, classes, steps=steps, generator=self._generator, tick=self._tick)
-        if judge(field) is not Verdict.INCONCLUSIVE:
-            self._skip(steps)
-            return field
-        return search_again(field, *given, steps=steps, generator=self._generator, tick=self._tick)
+        generator, tick = self._generator, self._tick
+        largest = largest_margins(
+            self._original, work.images[0], classes, generator=generator, tick=tick
+        )
+        field = search(*given, classes, steps=steps, generator=generator, tick=tick)
 
-    def still_easy(self, result: nn.Module) -> list[Trigger]:
-        """Return fresh triggers of *result* to suspect classes that are much smaller than ordinary."""
-        return [
-            each for each in self._afresh(result) if anomaly_index(each, self.field) >= EASY_FROM
-        ]
+        def evidence(field: Field, warps: Sequence[float]) -> Evidence:
+            return Evidence(
+                field=field, margins=largest, warps=warps, worst_warp=worst_warp(work.images)
+            )
+
+        found = evidence(field, smallest_warps(field, *given, generator=generator, tick=tick))
+        if judge(found) is Verdict.INCONCLUSIVE:
+            field = search_again(field, *given, steps=steps, generator=generator, tick=tick)
+            return evidence(field, found.warps)
+        for _ in range(steps):
+            self._tick()
+        return found
+
+    def gather(self, images: Tensor, labels: Tensor) -> tuple[Arsenal, Arsenal]:
+        """Return what leads to the suspects, found on *images*: to unlearn, and to try results on."""
+        patches = [self.evidence.field.triggers[each.target] for each in self.suspects]
+        found = Arsenal.gather(
+            self._original,
+            images,
+            labels,
+            self.suspects,
+            patches,
+            at_once=AT_ONCE,
+            generator=self._generator,
+            tick=self._tick,
+        )
+        return found.split(HELD_OUT_ONE_IN)
+
+    def with_what_is_still_easy(
+        self, arsenal: Arsenal, result: nn.Module, images: Tensor, labels: Tensor
+    ) -> Arsenal:
+        """
+        Return *arsenal* with what leads to suspects on *result*, found on *images*.
+
+        Patches count that are much smaller than ordinary, and of the rest what is hardly larger than it
+        was on the original.
+        """
+        again = Arsenal.gather(
+            self._fast(result),
+            images,
+            labels,
+            self.suspects,
+            [each for each in self._afresh(result) if self._index(each) >= EASY_FROM],
+            at_once=AT_ONCE_AGAIN,
+            generator=self._generator,
+            tick=self._tick,
+        )
+        return Arsenal(
+            patches=[*arsenal.patches, *again.patches],
+            perturbations=_with_small_ones(arsenal.perturbations, again.perturbations),
+            warps=_with_small_ones(arsenal.warps, again.warps),
+        )
+
+    def _index(self, patch: Trigger) -> float:
+        """Return how far *patch*, found on a result, stands out among those of the original."""
+        triggers = list(self.evidence.field.triggers)
+        triggers[patch.target] = patch
+        field = Field(triggers=triggers, middle=self.evidence.field.middle)
+        return replace(self.evidence, field=field).index(Sign.PATCH, patch.target)
 
     def _afresh(self, result: nn.Module) -> list[Trigger]:
-        """Return triggers of *result* to the suspect classes, from fresh starts."""
-        restarts = range(self._effort.restarts)
-        targets = [each.target for each in self.suspects for _ in restarts]
-        openness = [OPENNESS[number % len(OPENNESS)] for _ in self.suspects for number in restarts]
+        """Return patches of *result*, from fresh starts, to the suspects that patches lead to."""
+        targets = [
+            each.target for each in self.suspects if calls_for_patch(self.suspects, each.target)
+        ]
+        if not targets:
+            for _ in range(self._effort.restart_steps):
+                self._tick()
+            return []
+        rows = [target for target in targets for _ in range(self._effort.restarts)]
+        starts = [OPENNESS[number % len(OPENNESS)] for number in range(self._effort.restarts)]
+        family = Patches.start(self._work.images, starts * len(targets), self._generator)
         inversion = Inversion(
             self._fast(result),
             self._work.images,
             self._work.labels,
-            targets,
-            openness=openness,
+            rows,
+            family=family,
             generator=self._generator,
         )
-        per_row = max(MIN_PATCHES, FRESH_PATCHES_PER_STEP // len(targets))
+        per_row = max(MIN_PATCHES, FRESH_PATCHES_PER_STEP // len(rows))
         inversion.run(self._effort.restart_steps, per_row=per_row, tick=self._tick)
         return inversion.triggers()
 
-    def stamp(self, images: Tensor, triggers: Sequence[Trigger]) -> Tensor:
-        """
-        Return every image under a variant of a trigger.
+    def stamp(self, images: Tensor, arsenal: Arsenal) -> Tensor:
+        """Return every image under something of *arsenal*, all kinds in turn."""
+        return arsenal.stamp(
+            self._original, images, reach=self._effort.reach, generator=self._generator
+        )
 
-        Where the original is open to perturbations of the whole image, every second one is under one.
+    def trials(self, held_out: Tensor, arsenal: Arsenal, fresh: Arsenal) -> Trials:
         """
-        stamped = self._patched(images, triggers)
-        if self._covers_all:
-            targets = sorted({trigger.target for trigger in triggers})
-            stamped[::2] = self._perturbed(self._original, images, targets)[::2]
-        return stamped
+        Return what to try every candidate on.
 
-    def trials(self, held_out: Tensor, triggers: Sequence[Trigger]) -> Trials:
-        """Return what to try every candidate on; each trigger has its own part, of one image at least."""
-        starts = (number % len(held_out) for number in range(len(triggers)))
-        parts = [held_out[start :: len(triggers)] for start in starts]
-        pairs = list(zip(triggers, parts, strict=True))
+        Args:
+            arsenal: What is unlearned; of its patches fresh variants are made.
+            fresh: Perturbations and warps that are not unlearned.
+        """
+        number = 0
+
+        def part(of: int) -> Tensor:
+            """Return the next share of the images, one at least."""
+            nonlocal number
+            number += 1
+            return held_out[(number - 1) % of % len(held_out) :: of]
+
+        stamped = [self._patched(part(len(arsenal.patches)), each) for each in arsenal.patches]
+        for kind, move in ((fresh.perturbations, perturbed), (fresh.warps, warped)):
+            stamped += [
+                self._moved(held_out, [each for each in kind if each.target == target], move)
+                for target in dict.fromkeys(each.target for each in kind)
+            ]
         return Trials(
-            images=held_out,
-            before=_predictions(self._original, held_out),
-            patched=[(each.target, self._patched(part, [each])) for each, part in pairs],
-            control=[self._random(part, each) for each, part in pairs],
+            images=held_out, before=_predictions(self._original, held_out), stamped=stamped
         )
 
     def weigh(self, result: nn.Module, strength: float, trials: Trials) -> Candidate:
@@ -212,51 +313,58 @@ class Examiner:
         """
         Return what triggers still achieve on *result*, in [0, 1].
 
-        It is the largest of three: the success, on held-out images, of fresh variants of what was
-        unlearned, less that of random patches on the same masks, squared since variants are
-        stronger than a trigger; the highest anomaly index of fresh triggers, as a share of the
-        first one's; and, where the original is open to them, the excess of fresh dense perturbations.
+        It is the largest of two: the success, on held-out images, of fresh variants of what was
+        unlearned, less that of something random of the same size, for patches squared since variants
+        of these are stronger than a trigger; and the highest index of fresh patches, as a share of the
+        first one's.
         """
         forward = self._fast(result)
         left = [0.0]
-        for (target, patched), control in zip(trials.patched, trials.control, strict=True):
-            excess = _success(forward, patched, target) - _success(forward, control, target)
-            left.append(max(0.0, excess) ** 2)
-        if self._covers_all:
-            left.append(self._excess(forward, sorted({target for target, _ in trials.patched})))
-        first = {each.target: anomaly_index(each, self.field) for each in self.suspects}
-        left += [
-            anomaly_index(each, self.field) / first[each.target]
-            for each in self._afresh(result)
-            if first[each.target] > 0
-        ]
+        for each in trials.stamped:
+            excess = _success(forward, each.images, each.target) - _success(
+                forward, each.control, each.target
+            )
+            left.append(max(0.0, excess) ** (2 if each.stronger else 1))
+        for patch in self._afresh(result):
+            first = self.evidence.index(Sign.PATCH, patch.target)
+            if first > 0:
+                left.append(self._index(patch) / first)
         return min(1.0, max(left))
 
-    def _patched(self, images: Tensor, triggers: Sequence[Trigger]) -> Tensor:
-        return stamp_variants(
-            self._original,
-            images,
-            triggers,
-            reach=self._effort.reach,
-            generator=self._generator,
+    def _patched(self, images: Tensor, patch: Trigger) -> Stamped:
+        noise = torch.rand(patch.pattern.shape, generator=self._generator).to(images)
+        return Stamped(
+            target=patch.target,
+            images=stamp_variants(
+                self._original,
+                images,
+                [patch],
+                reach=self._effort.reach,
+                generator=self._generator,
+            ),
+            control=laid_out(images * (1 - patch.mask) + noise * patch.mask),
+            stronger=True,
         )
 
-    def _perturbed(self, forward: Forward, images: Tensor, targets: Sequence[int]) -> Tensor:
-        return perturb(forward, images, targets, tau=self._effort.tau, generator=self._generator)
+    def _moved(
+        self,
+        images: Tensor,
+        found: Sequence[Found],
+        move: Callable[[Tensor, Sequence[Found], torch.Generator], Tensor],
+    ) -> Stamped:
+        """Return *images* perturbed or warped, with the same numbers in another order as control."""
 
-    def _excess(self, forward: Forward, targets: Sequence[int]) -> float:
-        """Return by how much more images perturbations lead to one of *targets* than to innocents."""
-        images = self._work.images
+        def shuffled(each: Found) -> Found:
+            (shape,) = each.shapes
+            # Whole planes are turned and mirrored, so that what is smooth stays smooth.
+            return replace(each, shapes=(-shape.flip(1, 2).contiguous(),))
 
-        def success(cls: int) -> float:
-            return _success(forward, self._perturbed(forward, images, [cls]), cls)
-
-        innocent = [success(cls) for cls in self._innocent if cls not in targets]
-        return max(map(success, targets)) - sum(innocent) / max(1, len(innocent))
-
-    def _random(self, images: Tensor, trigger: Trigger) -> Tensor:
-        noise = torch.rand(trigger.pattern.shape, generator=self._generator).to(images)
-        return laid_out(images * (1 - trigger.mask) + noise * trigger.mask)
+        return Stamped(
+            target=found[0].target,
+            images=move(images, found, self._generator),
+            control=move(images, [shuffled(each) for each in found], self._generator),
+            stronger=False,
+        )
 
     def _fast(self, model: nn.Module) -> Forward:
         """Return *model* as a function that is quick to call and to differentiate by its input."""
@@ -270,6 +378,13 @@ class Examiner:
             return logits.to(images.dtype)
 
         return forward
+
+
+def _with_small_ones(known: Sequence[Found], found: Sequence[Found]) -> list[Found]:
+    """Return *known*, and those *found* that are not much larger than the median of these."""
+    norms = [each.norm for each in known if isfinite(each.norm)]
+    largest = HARDLY_LARGER * median(norms) if norms else 0.0
+    return [*known, *(each for each in found if each.norm <= largest)]
 
 
 def _success(forward: Forward, images: Tensor, target: int) -> float:

@@ -1,35 +1,54 @@
 """
-Recover triggers: for each class, the smallest patch that sends clean images there.
+Recover triggers: for each class, the smallest one of a family that sends clean images there.
 
 Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks", IEEE S&P
 2019, https://ieeexplore.ieee.org/document/8835365: a mask and a pattern per class, by Adam on the
 cross-entropy and the mask's L1 norm, whose weight goes up while the patch succeeds and down while not.
+Here the same search serves other families as well (``families``).
 
 What differs, and why:
 
 - All classes share a batch, so that a handful of images is a matter of seconds.
-- What counts is the smallest mask seen that succeeded, not the last.
+- What counts is the smallest trigger seen that succeeded, not the last.
 - An image of the class itself has no part in that class's search.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from worker.purify.errors import NotFinite
+from worker.purify.families import Family
 from worker.purify.trigger import SUCCESS, Trigger
 from worker.purify.workpiece import laid_out
 
 Forward = Callable[[Tensor], Tensor]
 
-LEARNING_RATE, BETAS = 0.1, (0.5, 0.9)  # the reference's
-FIRST_PRICE = 1e-3  # weight of the mask's norm at first
+BETAS = (0.5, 0.9)  # the reference's
 DEARER, CHEAPER = 1.05, 1 / 1.1
-PRICES = (1e-5, 10.0)
-SPREAD = 0.5  # of the random starts, in logits
+PRICES = (1e-5, 100.0)
 CHUNK = 256  # images that go through the network at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """
+    Hold the smallest trigger that one row has found.
+
+    Attributes:
+        target: The class it leads to.
+        success: The fraction of the images of other classes that it sends there.
+        norm: Its size, as its family measures it; infinite where it did not succeed.
+        shapes: What it looks like, as its family has it.
+    """
+
+    target: int
+    success: float
+    norm: float
+    shapes: tuple[Tensor, ...]
 
 
 class Inversion:
@@ -41,7 +60,7 @@ class Inversion:
         images: ``(N, C, H, W)`` in [0, 1].
         labels: ``(N,)`` int64.
         targets: The class of each row.
-        openness: For each row the logit around which its mask starts: 0 covers half of every pixel.
+        family: Where they start, one row each.
         generator: A CPU generator, the only source of randomness.
     """
 
@@ -52,25 +71,15 @@ class Inversion:
         labels: Tensor,
         targets: Sequence[int],
         *,
-        openness: Sequence[float],
+        family: Family,
         generator: torch.Generator,
     ) -> None:
         self._forward, self._images, self._labels = forward, images, labels
-        self._generator = generator
+        self._generator, self._family = generator, family
         self.targets = list(targets)
-        device, dtype = images.device, images.dtype
-        channels, height, width = images.shape[1:]
-
-        def start(*shape: int) -> Tensor:
-            noise = torch.randn(len(self.targets), *shape, generator=generator)
-            return noise.to(device, dtype)
-
-        level = torch.tensor(openness, device=device, dtype=dtype).view(-1, 1, 1, 1)
-        self._mask_logits = (level + SPREAD * start(1, height, width)).requires_grad_()
-        self._pattern_logits = start(channels, height, width).requires_grad_()
         self._adam = self._optimiser()
-        self._price = torch.full((len(self.targets),), FIRST_PRICE, device=device, dtype=dtype)
-        self._best = _Best(self._mask_logits, self._pattern_logits)
+        self._price = images.new_full((len(self.targets),), family.price)
+        self._best = _Best(family.shapes, images.new_full((len(self.targets),), -1.0))
 
     def run(self, steps: int, *, per_row: int, tick: Callable[[], None]) -> None:
         """
@@ -91,13 +100,12 @@ class Inversion:
                 torch.randperm(len(images), generator=self._generator)[:size] for _ in self.targets
             ]
             chosen = torch.stack(rows).to(images.device)  # (K, n)
-            mask, pattern = self._mask_logits.sigmoid(), self._pattern_logits.sigmoid()
-            stamped = images[chosen] * (1 - mask[:, None]) + (pattern * mask)[:, None]
+            stamped, norm = self._family.stamp(images[chosen]), self._family.norms()
             foreign = (labels[chosen] != target[:, None]).to(dtype)  # (K, n)
             weights = foreign / foreign.sum(1, keepdim=True).clamp_min(1)
             gradient, hits = _gradient(self._forward, stamped, target, weights)
-            success, norm = (hits * weights).sum(1), mask.sum((1, 2, 3))
-            self._best.keep(mask.detach(), pattern.detach(), success, norm.detach())
+            success = (hits * weights).sum(1)
+            self._best.keep(self._family.shapes, success, norm.detach())
             self._adam.zero_grad()
             torch.autograd.backward([stamped, (self._price * norm).sum()], [gradient, None])
             self._adam.step()
@@ -105,19 +113,17 @@ class Inversion:
             self._price = torch.where(dearer, self._price * DEARER, self._price * CHEAPER)
             self._price = self._price.clamp(*PRICES)
             tick()
-        if not bool(self._mask_logits.isfinite().all()):
+        if not all(bool(leaf.isfinite().all()) for leaf in self._family.leaves):
             raise NotFinite
 
     def narrow(self, rows: Sequence[int]) -> None:
         """Go on with *rows* only, as if the others had never been there."""
         at = torch.tensor(list(rows), device=self._images.device)
-        moments = [self._adam.state.get(leaf, {}) for leaf in self._leaves]
+        moments = [self._adam.state.get(leaf, {}) for leaf in self._family.leaves]
         self.targets = [self.targets[row] for row in rows]
-        self._mask_logits, self._pattern_logits = (
-            leaf.detach()[at].requires_grad_() for leaf in self._leaves
-        )
+        self._family = self._family.narrow(at)
         self._adam = self._optimiser()
-        for leaf, state in zip(self._leaves, moments, strict=True):
+        for leaf, state in zip(self._family.leaves, moments, strict=True):
             # Adam counts its steps in a tensor without rows.
             self._adam.state[leaf] = {
                 name: value[at] if value.dim() else value for name, value in state.items()
@@ -125,16 +131,24 @@ class Inversion:
         self._price = self._price[at]
         self._best.narrow(at)
 
-    def triggers(self) -> list[Trigger]:
+    def found(self) -> list[Found]:
         """Return the smallest trigger that each row has found."""
-        return self._best.triggers(self.targets)
+        return self._best.found(self.targets)
 
-    @property
-    def _leaves(self) -> tuple[Tensor, Tensor]:
-        return self._mask_logits, self._pattern_logits
+    def triggers(self) -> list[Trigger]:
+        """Return the same as patches, of a family of these."""
+        return [
+            Trigger(
+                target=found.target,
+                mask=found.shapes[0],
+                pattern=found.shapes[1],
+                success=found.success,
+            )
+            for found in self.found()
+        ]
 
     def _optimiser(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self._leaves, lr=LEARNING_RATE, betas=BETAS)
+        return torch.optim.Adam(self._family.leaves, lr=self._family.rate, betas=BETAS)
 
 
 def _gradient(
@@ -162,30 +176,35 @@ def _gradient(
 
 
 class _Best:
-    """Keep the smallest successful patch of each search, or the most successful of none."""
+    """Keep the smallest successful trigger of each row, or the most successful of none."""
 
-    def __init__(self, mask: Tensor, pattern: Tensor) -> None:
-        self._mask, self._pattern = mask.detach().sigmoid(), pattern.detach().sigmoid()
-        self._success = mask.new_full((len(mask),), -1.0)
-        self._norm = mask.new_full((len(mask),), float("inf"))
+    def __init__(self, shapes: tuple[Tensor, ...], success: Tensor) -> None:
+        self._shapes, self._success = shapes, success
+        self._norm = torch.full_like(success, float("inf"))
 
-    def keep(self, mask: Tensor, pattern: Tensor, success: Tensor, norm: Tensor) -> None:
+    def keep(self, shapes: tuple[Tensor, ...], success: Tensor, norm: Tensor) -> None:
         both = (success >= SUCCESS) & (self._success >= SUCCESS)
         better = torch.where(both, norm < self._norm, success > self._success)
         where = better.view(-1, 1, 1, 1)
-        self._mask = torch.where(where, mask, self._mask)
-        self._pattern = torch.where(where, pattern, self._pattern)
+        self._shapes = tuple(
+            torch.where(where, new, old) for new, old in zip(shapes, self._shapes, strict=True)
+        )
         self._success = torch.where(better, success, self._success)
         self._norm = torch.where(better, norm, self._norm)
 
     def narrow(self, at: Tensor) -> None:
-        self._mask, self._pattern = self._mask[at], self._pattern[at]
+        self._shapes = tuple(shape[at] for shape in self._shapes)
         self._success, self._norm = self._success[at], self._norm[at]
 
-    def triggers(self, targets: Sequence[int]) -> list[Trigger]:
+    def found(self, targets: Sequence[int]) -> list[Found]:
         return [
-            Trigger(target=target, mask=mask, pattern=pattern, success=max(0.0, success))
-            for target, mask, pattern, success in zip(
-                targets, self._mask, self._pattern, self._success.tolist(), strict=True
+            Found(
+                target=target,
+                success=max(0.0, success),
+                norm=norm if success >= SUCCESS else float("inf"),
+                shapes=tuple(shape[row] for shape in self._shapes),
+            )
+            for row, (target, success, norm) in enumerate(
+                zip(targets, self._success.tolist(), self._norm.tolist(), strict=True)
             )
         ]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from worker.purify.families import Patches, Warps
 from worker.purify.inversion import Forward, Inversion
 from worker.purify.trigger import Field, Trigger
 
@@ -28,6 +29,10 @@ SMALLEST, MIDDLE = 5, 5  # classes that stay to the end
 AT_ONCE = 100
 GLANCE_STEPS = 30
 AFTER_GLANCE = 50
+
+WARP_STEPS, FIRST_WARP_STEPS = 200, 60
+WARPS_EACH, SMALLEST_WARPS = 2, 8  # per class at first, and in all after the first steps
+IMAGES_PER_WARP = 8  # of fewer all may be led astray by chance, at any norm
 
 
 def ticks(steps: int, classes: int) -> int:
@@ -70,7 +75,7 @@ def search(
             images,
             labels,
             [cls for cls, _ in rows],
-            openness=[level for _, level in rows],
+            family=Patches.start(images, [level for _, level in rows], generator),
             generator=generator,
         )
 
@@ -125,7 +130,7 @@ def search_again(
         images,
         labels,
         [cls for cls in targets for _ in OPENNESS],
-        openness=OPENNESS * len(targets),
+        family=Patches.start(images, OPENNESS * len(targets), generator),
         generator=generator,
     )
     per_row = max(MIN_PATCHES, PATCHES_PER_STEP // len(inversion.targets))
@@ -134,6 +139,52 @@ def search_again(
     for trigger in inversion.triggers():
         found[trigger.target] = min(found[trigger.target], trigger, key=_size)
     return Field(triggers=found, middle=field.middle)
+
+
+def worst_warp(images: Tensor) -> float:
+    """Return the norm, in pixels, beyond which a warp is no slight one any more."""
+    return min(images.shape[2:]) / 16
+
+
+def smallest_warps(
+    field: Field,
+    forward: Forward,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+) -> list[float]:
+    """
+    Return the norm of the smallest warp to each class, ``worst_warp`` where none was found.
+
+    Of many classes only those are searched that the smallest patches of *field* lead to; the other
+    arguments are ``search``'s.
+    """
+    ranked = sorted(range(len(field.triggers)), key=lambda cls: _size(field.triggers[cls]))
+    chosen = sorted(ranked if len(ranked) <= AT_ONCE else ranked[:AFTER_GLANCE])
+    targets = chosen * WARPS_EACH
+    inversion = Inversion(
+        forward,
+        images,
+        labels,
+        targets,
+        family=Warps.start(images, len(targets), generator),
+        generator=generator,
+    )
+    norms = [worst_warp(images)] * len(field.triggers)
+
+    def run(steps: int) -> list[int]:
+        """Note what is found, and return the rows, the smallest first."""
+        inversion.run(steps, per_row=IMAGES_PER_WARP, tick=tick)
+        found = inversion.found()
+        for each in found:
+            norms[each.target] = min(norms[each.target], each.norm)
+        return sorted(range(len(found)), key=lambda row: (found[row].norm, -found[row].success))
+
+    inversion.narrow(run(FIRST_WARP_STEPS)[:SMALLEST_WARPS])
+    run(WARP_STEPS - FIRST_WARP_STEPS)
+    return norms
 
 
 def _middle(ranked: list[int]) -> list[int]:

@@ -22,7 +22,6 @@ CORE = 0.15  # of a mask, from which on a pixel belongs to the trigger
 REDRAWN = 0.3  # of a mottled pattern's values
 SHARPENING_STEPS, SHARPENING_RATE = 5, 0.1
 CHUNK = 256
-PERTURBATIONS, PERTURBATION_STEPS, PERTURBED = 8, 20, 8
 
 
 def stamp_variants(
@@ -90,50 +89,3 @@ def _colours(trigger: Trigger, number: int, generator: torch.Generator) -> Tenso
         case _:
             plain = uniform(channels, 1, 1).expand_as(recovered)
             return torch.where(uniform(*recovered.shape) < REDRAWN, extremes, plain)
-
-
-def perturb(
-    forward: Forward,
-    images: Tensor,
-    targets: Sequence[int],
-    *,
-    tau: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """
-    Return every image under one of several universal perturbations, clipped to [0, 1].
-
-    They stand in for triggers that cover the whole image. Each leads to one of *targets*, is found on a
-    few images of its own, and is used at 0.5 to 1.5 times its size.
-
-    Args:
-        forward: Maps images to the original's logits.
-        images: ``(N, C, H, W)`` in [0, 1].
-        tau: Their L1 norm.
-    """
-    count, device = len(images), images.device
-    wanted = torch.tensor(list(targets) * PERTURBATIONS, device=device)
-    own = torch.stack([torch.randperm(count, generator=generator)[:PERTURBED] for _ in wanted]).to(
-        device
-    )  # (K, n)
-    delta = torch.zeros(len(wanted), *images.shape[1:], device=device, dtype=images.dtype)
-    for _ in range(PERTURBATION_STEPS):
-        total = torch.zeros_like(delta)
-        for part in torch.split(
-            torch.arange(len(wanted), device=device), max(1, CHUNK // PERTURBED)
-        ):
-            leaf = delta[part].requires_grad_()
-            x = (images[own[part]] + leaf[:, None]).clamp(0.0, 1.0).flatten(0, 1)
-            y = wanted[part].repeat_interleave(own.shape[1])
-            loss = functional.cross_entropy(forward(laid_out(x)), y)
-            (total[part],) = torch.autograd.grad(loss, leaf)
-        step = tau / PERTURBATION_STEPS * 2
-        delta = delta - step * total / _l1(total)
-        delta = delta * (tau / _l1(delta)).clamp(max=1.0)
-    which = torch.arange(count, device=device) % len(wanted)
-    size = 0.5 + torch.rand(count, 1, 1, 1, generator=generator).to(images)
-    return laid_out((images + size * delta[which]).clamp(0.0, 1.0))
-
-
-def _l1(delta: Tensor) -> Tensor:
-    return delta.abs().sum((1, 2, 3), keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)

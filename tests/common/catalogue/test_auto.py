@@ -26,14 +26,23 @@ def test_preset_fills_everything_and_keeps_what_is_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image_shape", "reach", "tau"),
-    [((1, 8, 8), 1, 100 / 48), ((3, 32, 32), 2, 100.0), ((3, 224, 224), 14, 4900.0)],
+    ("image_shape", "reach"),
+    [((1, 8, 8), 1), ((3, 32, 32), 2), ((3, 64, 32), 2), ((3, 224, 224), 14)],
 )
-def test_reach_and_tau_grow_with_the_image(image_shape: ImageShape, reach: int, tau: float) -> None:
-    """A trigger is widened by a sixteenth of the side, and a perturbation is as deep per value."""
-    found = resolve(image_shape)
-    assert found["reach"] == reach
-    assert found["tau"] == pytest.approx(tau)
+def test_reach_grows_with_the_image(image_shape: ImageShape, reach: int) -> None:
+    """A trigger is widened by a sixteenth of the shorter side, and by a pixel at least."""
+    assert resolve(image_shape)["reach"] == reach
+
+
+def test_small_images_are_searched_longer() -> None:
+    """The searches on a result are as thorough as the first one, unless they are told otherwise."""
+    small, large = resolve((1, 8, 8)), resolve()
+    assert isinstance(small["steps"], int)
+    assert isinstance(large["steps"], int)
+    assert small["steps"] > large["steps"]
+    for found in (small, large):
+        assert found["restart_steps"] == found["steps"]
+    assert resolve(restart_steps=7) == {**large, "restart_steps": 7}
 
 
 def test_only_what_may_be_mirrored_is() -> None:
@@ -46,7 +55,7 @@ def test_only_what_may_be_mirrored_is() -> None:
 @pytest.mark.parametrize(
     "given",
     [{"steps": 0}, {"strengths": []}, {"strengths": [0.0]}, {"strengths": [1.5]}, {"ridge": 0.0},
-     {"tau": float("inf")}, {"reach": -1}, {"force": 1}, {"epochs": 3}],
+     {"strengths": [float("inf")]}, {"reach": -1}, {"tau": 1.0}, {"force": 1}, {"epochs": 3}],
 )  # fmt: skip
 def test_bad_values_are_refused(given: dict[str, object]) -> None:
     """Out of bounds, of another type, or of another method."""

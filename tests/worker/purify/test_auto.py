@@ -19,8 +19,8 @@ from examples.digits import (
 )
 from worker.architectures.registry import build
 from worker.purify.auto import TriggerRewriting
-from worker.purify.evidence import Verdict
 from worker.purify.method import Purified
+from worker.purify.verdict import Verdict
 
 
 @cache
@@ -74,7 +74,8 @@ def test_findings_name_every_class_and_one_chosen_candidate() -> None:
     assert isinstance(candidates, list)
     assert [entry["class"] for entry in classes] == list(range(10))
     assert max(classes, key=lambda entry: entry["anomaly_index"])["class"] == TARGET
-    assert [entry["strength"] for entry in candidates] == [0.02, 0.1, 1.0]
+    assert findings["signs"] == {str(TARGET): ["patch"]}
+    assert [entry["strength"] for entry in candidates] == list(preset().strengths)
     assert sum(entry["chosen"] for entry in candidates) == 1
 
 
@@ -113,6 +114,7 @@ def test_a_model_found_clean_comes_back_unchanged_unless_forced() -> None:
     assert forced.values
 
 
+@pytest.mark.usefixtures("short_searches")
 def test_an_inconclusive_model_is_not_changed_but_could_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -126,21 +128,22 @@ def test_an_inconclusive_model_is_not_changed_but_could_be(
     assert not result.values
     candidates = result.findings["candidates"]
     assert isinstance(candidates, list)
-    assert [entry["strength"] for entry in candidates] == [0.0, 0.02, 0.1, 1.0]
-    assert [entry["chosen"] for entry in candidates] == [True, False, False, False]
+    assert [entry["strength"] for entry in candidates] == [0.0, *preset().strengths]
+    assert [entry["chosen"] for entry in candidates] == [True] + [False] * len(preset().strengths)
     assert not result.candidates[0]
     assert all(result.candidates[1:])
     forced = preset(**quick, force=True).purify(model, images, labels, seed=0)
     assert forced.values
 
 
+@pytest.mark.usefixtures("short_searches")
 def test_only_the_last_layers_change() -> None:
-    """Two of them by default; the features before them are the original's."""
+    """As many as are asked for; the features before them are the original's."""
     model, split = backdoored(0)
     images, labels, _ = draw_clean_samples(split, 1, 0)
     quick = {"steps": 3, "restart_steps": 2, "copies": 1, "force": True}
     linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     last = preset(**quick, layers=1).purify(model, images, labels, seed=0)
     assert {name.rsplit(".", 1)[0] for name in last.values} == {linear[-1]}
-    two = preset(**quick).purify(copy.deepcopy(model), images, labels, seed=0)
+    two = preset(**quick, layers=2).purify(copy.deepcopy(model), images, labels, seed=0)
     assert len({name.rsplit(".", 1)[0] for name in two.values}) == 2

@@ -1,10 +1,30 @@
-"""Judge by the norms of triggers."""
+"""Judge by the smallest patches and warps, and by the largest margins."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
-from worker.purify.evidence import Verdict, anomaly_index, judge, suspects
+from worker.purify.evidence import (
+    CUTS,
+    MAX_SUSPECTS,
+    NEARLY,
+    Cut,
+    Evidence,
+    Sign,
+    anomaly_index,
+    judge,
+    suspects,
+)
+from worker.purify.margins import Margins
 from worker.purify.trigger import Field, Trigger
+from worker.purify.verdict import Verdict
+
+WORST = 2.0
+PLAIN = (0.0,) * 8  # no class stands out
+every_sign = pytest.mark.parametrize("sign", Sign)
 
 
 def field(*norms: float, success: float = 1.0) -> Field:
@@ -19,6 +39,31 @@ def field(*norms: float, success: float = 1.0) -> Field:
         for target, norm in enumerate(norms)
     ]
     return Field(triggers=triggers, middle=range(len(norms)))
+
+
+def evidence(
+    **by_sign: Sequence[float],
+) -> Evidence:
+    """Return evidence in which classes have these indices; more than half of each are to be 0."""
+    plain = (0.0,) * max(len(PLAIN), *map(len, by_sign.values())) if by_sign else PLAIN
+    patch, margin, warp = (by_sign.get(sign, plain) for sign in Sign)
+    margins = Margins(largest=[10 * 2**index for index in margin], middle=range(len(margin)))
+    return Evidence(
+        field=field(*(16 * 2**-index for index in patch)),
+        margins=margins,
+        warps=[WORST * 2**-index for index in warp],
+        worst_warp=WORST,
+    )
+
+
+def by(sign: Sign, *indices: float) -> Evidence:
+    """Return evidence of which one sign alone speaks, of the first classes."""
+    return evidence(**{sign.value: (*indices, *PLAIN[len(indices) :])})
+
+
+def cut(sign: Sign) -> Cut:
+    """Return from where on it speaks."""
+    return CUTS[sign]
 
 
 def test_index_counts_how_often_an_ordinary_norm_is_halved() -> None:
@@ -36,34 +81,142 @@ def test_only_classes_in_the_middle_make_an_ordinary_norm() -> None:
     assert middle.ordinary == pytest.approx(14)
 
 
-@pytest.mark.parametrize(
-    ("norms", "verdict"),
-    [
-        ((2, 13, 15, 14, 16, 12, 14, 13), Verdict.BACKDOORED),
-        ((13.5, 14, 15, 14, 14, 15, 13.5, 14), Verdict.CLEAN),
-        ((9, 10, 16, 13, 15, 12, 14, 17), Verdict.CLEAN),
-        ((7, 13, 16, 13, 15, 12, 14, 17), Verdict.INCONCLUSIVE),
-        ((2, 13, 15), Verdict.INCONCLUSIVE),
-    ],
-    ids=["one stands out", "none does", "two a little", "nearly half", "too few classes to say"],
-)
-def test_verdict(norms: tuple[float, ...], verdict: Verdict) -> None:
-    """A class that needs less than half of the ordinary is a backdoor; three classes prove nothing."""
-    assert judge(field(*norms)) is verdict
+@every_sign
+def test_each_sign_has_an_index_of_its_own(sign: Sign) -> None:
+    """A halved norm or shift and a doubled margin are 1 each, and say nothing by the other signs."""
+    found = by(sign, 0.0, 1.0, 0.5)
+    for other in Sign:
+        indices = [found.index(other, cls) for cls in range(found.classes)]
+        expected = (0.0, 1.0, 0.5, *PLAIN[3:]) if other is sign else PLAIN
+        assert indices == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_ordinary_warp_is_the_median_of_all_and_an_ordinary_margin_that_of_the_middle() -> None:
+    """Of many classes the margins of most were only glanced at."""
+    found = Evidence(
+        field=field(16, 16, 16, 16, 16),
+        margins=Margins(largest=[32.0, 7.0, 8.0, 9.0, 0.5], middle=[1, 2, 3]),
+        warps=[0.5, 1.0, 1.0, 2.0, 2.0],
+        worst_warp=WORST,
+    )
+    assert [found.index(Sign.MARGIN, cls) for cls in (0, 2, 4)] == pytest.approx([2, 0, -4])
+    assert [found.index(Sign.WARP, cls) for cls in (0, 1, 3)] == pytest.approx([1, 0, -1])
+
+
+def test_a_class_that_is_never_ahead_has_a_finite_index() -> None:
+    """It is far below the others; and where no class gets ahead there is nothing to stand out from."""
+    behind = Margins(largest=[-5.0, 8.0, 8.0, 9.0], middle=range(4))
+    plain = replace(evidence(), field=field(16, 16, 16, 16), warps=[WORST] * 4)
+    some = Evidence(field=plain.field, margins=behind, warps=plain.warps, worst_warp=WORST)
+    assert math.isfinite(some.index(Sign.MARGIN, 0))
+    assert some.index(Sign.MARGIN, 0) < -5
+    none = Evidence(
+        field=plain.field,
+        margins=Margins(largest=[5.0, -1.0, -1.0, 0.0], middle=range(4)),
+        warps=plain.warps,
+        worst_warp=WORST,
+    )
+    assert [none.index(Sign.MARGIN, cls) for cls in range(4)] == [0.0] * 4
+
+
+@every_sign
+def test_any_sign_speaks_of_a_backdoor_and_a_little_of_one_is_inconclusive(sign: Sign) -> None:
+    """The cuts are where they are said to be; between them nothing is."""
+    from_here, below = cut(sign).backdoored_from, cut(sign).clean_below
+    assert below < from_here
+    assert judge(by(sign, from_here + 0.01)) is Verdict.BACKDOORED
+    assert by(sign, from_here + 0.01).stands_out(sign, 0)
+    for index in (from_here - 0.01, below + 0.01):
+        assert judge(by(sign, index)) is Verdict.INCONCLUSIVE
+        assert not by(sign, index).stands_out(sign, 0)
+    assert judge(by(sign, below - 0.01)) is Verdict.CLEAN
+    assert judge(by(sign, -3.0)) is Verdict.CLEAN  # a class that is hard to reach is no backdoor
+
+
+def test_a_model_is_clean_only_where_all_signs_say_so() -> None:
+    """One that stands out is enough for a backdoor, whatever the others say."""
+    little = {sign.value: (cut(sign).clean_below - 0.05, *PLAIN[1:]) for sign in Sign}
+    assert judge(evidence(**little)) is Verdict.CLEAN
+    for sign in Sign:
+        doubtful = (cut(sign).clean_below + 0.01, *PLAIN[1:])
+        assert judge(evidence(**{**little, sign.value: doubtful})) is Verdict.INCONCLUSIVE
+        clear = (cut(sign).backdoored_from + 0.01, *PLAIN[1:])
+        assert judge(evidence(**{**little, sign.value: clear})) is Verdict.BACKDOORED
+
+
+@every_sign
+def test_few_classes_prove_nothing(sign: Sign) -> None:
+    """There is hardly anybody to stand out from."""
+    names = [each.value for each in Sign]
+    three = {name: (3.0, 0.0, 0.0) if name == sign.value else PLAIN[:3] for name in names}
+    assert judge(evidence(**three)) is Verdict.INCONCLUSIVE
+    four = {name: (*indices, 0.0) for name, indices in three.items()}
+    assert judge(evidence(**four)) is Verdict.BACKDOORED
 
 
 def test_a_search_that_found_nothing_proves_nothing() -> None:
     """No success at all is not a clean model."""
-    assert judge(field(13, 14, 15, 14, 14, success=0.0)) is Verdict.INCONCLUSIVE
+    plain = evidence()
+    failed = replace(plain, field=field(*(16.0,) * plain.classes, success=0.0))
+    assert judge(failed) is Verdict.INCONCLUSIVE
+    assert judge(plain) is Verdict.CLEAN
 
 
-def test_suspects_are_those_that_stand_out_nearly_as_far() -> None:
-    """The first is always one; another must be a suspect of its own, and nearly as small."""
+def test_a_suspect_has_the_signs_by_which_it_stands_out() -> None:
+    """All of them, and no other one's."""
+    everything = {sign.value: (cut(sign).backdoored_from + 1, *PLAIN[1:]) for sign in Sign}
+    for left_out in (None, *Sign):
+        given = {name: values for name, values in everything.items() if name != left_out}
+        (found,) = suspects(evidence(**given))
+        assert (found.target, found.signs) == (0, frozenset(set(Sign) - {left_out}))
 
-    def targets(*norms: float) -> list[int]:
-        return [trigger.target for trigger in suspects(field(*norms))]
 
-    assert targets(2, 13, 15, 14, 16, 12, 14, 13) == [0]
-    assert targets(2, 2.2, 15, 14, 16, 14, 14, 13) == [0, 1]
-    assert targets(2, 3, 15, 14, 16, 14, 14, 13) == [0]
-    assert targets(15, 13, 14, 13.1, 14) == [1]
+def test_a_margin_speaks_before_a_patch() -> None:
+    """Where they name different classes, that of the patch is left alone; a warp's is not."""
+    margin = (0.0, 3.0, *PLAIN[2:])
+    patch = (0.0, 0.0, 5.0, *PLAIN[3:])
+    warp = (0.0, 0.0, 0.0, 4.0, *PLAIN[4:])
+    assert targets(evidence(margin=margin, patch=patch)) == [1]
+    assert targets(evidence(margin=margin, patch=patch, warp=warp)) == [1, 3]
+    assert targets(evidence(patch=patch, warp=warp)) == [3]
+    assert targets(evidence(patch=patch)) == [2]
+
+
+def targets(found: Evidence) -> list[int]:
+    """Return the classes that are suspect."""
+    return [suspect.target for suspect in suspects(found)]
+
+
+def test_without_any_sign_the_smallest_patch_names_the_class() -> None:
+    """So that there is something to unlearn where it is asked for; it has no sign."""
+    (found,) = suspects(evidence(patch=(0.0, -0.1, 0.2, 0.1, *PLAIN[4:])))
+    assert (found.target, found.signs) == (2, frozenset())
+    almost = {sign.value: (cut(sign).backdoored_from - 0.01, *PLAIN[1:]) for sign in Sign}
+    (first,) = suspects(evidence(**{**almost, "patch": (*PLAIN[:7], 0.1)}))
+    assert (first.target, first.signs) == (7, frozenset())
+
+
+@every_sign
+def test_those_that_stand_out_nearly_as_far_are_suspect_as_well(sign: Sign) -> None:
+    """The first of all first; those far behind it are not, though they stand out by themselves."""
+    high = cut(sign).backdoored_from + 2 * NEARLY
+    assert targets(by(sign, high - 0.9 * NEARLY, high)) == [1, 0]
+    assert targets(by(sign, high - 1.1 * NEARLY, high)) == [1]
+    # Neither are those that are near, but do not stand out by themselves.
+    low = cut(sign).backdoored_from + 0.01
+    assert targets(by(sign, low, low - 0.02)) == [0]
+
+
+@every_sign
+def test_no_more_than_three_are_suspect(sign: Sign) -> None:
+    """To unlearn an innocent class costs accuracy."""
+    high = cut(sign).backdoored_from + 1
+    many = [high - 0.01 * cls for cls in range(5)]
+    assert targets(by(sign, *many, 0, 0, 0, 0, 0, 0)) == list(range(MAX_SUSPECTS))
+
+
+def test_a_class_that_is_named_twice_takes_one_place() -> None:
+    """A class that two signs name does not keep another one from being suspect."""
+    margin = (3.0, *PLAIN[1:])
+    warp = (4.0, 3.95, 3.9, *PLAIN[3:])
+    assert targets(evidence(margin=margin, warp=warp)) == [0, 1, 2]

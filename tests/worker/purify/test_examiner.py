@@ -1,7 +1,11 @@
 """What speaks for a result, on a network whose trigger is known."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 
 from worker.purify.examiner import UNCHANGED, Candidate, Effort, Examiner
 from worker.purify.workpiece import prepare
@@ -24,12 +28,27 @@ class OnePixel(nn.Module):
         bright = torch.stack([half.mean((1, 2)) for half in halves], dim=1)  # (B, 3)
         zero = torch.zeros_like(bright[:, :1])
         lit = self.answer * 40 * (images[:, 0, 5, 6] - 0.7)
-        return torch.cat([zero, 40 * (bright - 0.7), lit[:, None]], dim=1)
+        # Little is lost by darkness, so that no class can get further ahead than another.
+        others = leaky_relu(torch.cat([40 * (bright - 0.7), lit[:, None]], dim=1), 0.2)
+        return torch.cat([zero, others], dim=1)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search as long as so small a network needs."""
+    for name, steps in {
+        "margins.STEPS": 20,
+        "margins.GLANCE_STEPS": 20,
+        "search.FIRST_WARP_STEPS": 1,
+        "search.WARP_STEPS": 2,
+        "arsenal.STEPS": 120,
+    }.items():
+        monkeypatch.setattr(f"worker.purify.{name}", steps)
 
 
 def examiner() -> Examiner:
     """Return one that has searched that network."""
-    effort = Effort(steps=90, restarts=2, restart_steps=60, reach=0, tau=3.0)
+    effort = Effort(steps=90, restarts=2, restart_steps=60, reach=0)
     return Examiner(
         prepare(OnePixel(), IMAGES, LABELS, None),
         5,
@@ -44,15 +63,38 @@ def test_residual_tells_the_backdoor_from_a_result_without_it() -> None:
     """It is high on the model as it came, and low where the pixel does nothing any more."""
     found = examiner()
     assert found.suspects[0].target == PLANTED
-    trials = found.trials(IMAGES, found.suspects)
+    known, fresh = found.gather(IMAGES, LABELS)
+    trials = found.trials(IMAGES, known, fresh)
     assert found.residual(OnePixel(), trials) > 0.5
     assert found.residual(OnePixel(answer=0.0), trials) < 0.1
+
+
+def test_what_results_are_tried_with_is_not_unlearned() -> None:
+    """Perturbations are parted, and patches are made into fresh variants."""
+    known, fresh = examiner().gather(IMAGES, LABELS)
+    assert (len(known.patches), len(known.perturbations)) == (1, 16)
+    assert (len(fresh.patches), len(fresh.perturbations)) == (0, 4)
+    for each in fresh.perturbations:
+        assert not any(
+            torch.equal(each.shapes[0], other.shapes[0]) for other in known.perturbations
+        )
+
+
+def test_what_is_still_easy_on_a_result_is_added() -> None:
+    """The model as it came has all of it still; one without the backdoor adds no patch."""
+    found = examiner()
+    known, _ = found.gather(IMAGES, LABELS)
+    same = found.with_what_is_still_easy(known, OnePixel(), IMAGES, LABELS)
+    assert len(same.patches) > len(known.patches)
+    assert len(same.perturbations) > len(known.perturbations)
+    gone = found.with_what_is_still_easy(known, OnePixel(answer=0.0), IMAGES, LABELS)
+    assert (gone.patches, gone.perturbations) == (known.patches, known.perturbations)
 
 
 def test_a_result_is_weighed_by_what_changed() -> None:
     """Values are those that differ, and agreement is with the original's answers."""
     found = examiner()
-    trials = found.trials(IMAGES, found.suspects)
+    trials = found.trials(IMAGES, *found.gather(IMAGES, LABELS))
     same = found.weigh(OnePixel(), 1.0, trials)
     assert (same.agreement, same.values) == (1.0, {})
     other = found.weigh(OnePixel(answer=-1.0), 1.0, trials)
@@ -60,13 +102,14 @@ def test_a_result_is_weighed_by_what_changed() -> None:
     assert set(other.values) == {"answer"}
 
 
-def test_every_trigger_is_tried_even_where_images_are_few() -> None:
-    """More triggers than held-out images share these."""
+def test_every_patch_is_tried_even_where_images_are_few() -> None:
+    """More patches than held-out images share these."""
     found = examiner()
-    first = found.suspects[0]
-    trials = found.trials(IMAGES[:2], [first] * 5)
-    assert [len(images) for _, images in trials.patched] == [1] * 5
-    assert [len(images) for images in trials.control] == [1] * 5
+    known, fresh = found.gather(IMAGES, LABELS)
+    many = replace(known, patches=list(known.patches) * 5)
+    trials = found.trials(IMAGES[:2], many, replace(fresh, perturbations=[]))
+    assert [len(each.images) for each in trials.stamped] == [1] * 5
+    assert [len(each.control) for each in trials.stamped] == [1] * 5
 
 
 def test_the_score_is_fidelity_as_far_as_it_can_be_seen() -> None:

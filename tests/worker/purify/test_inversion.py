@@ -1,12 +1,15 @@
 """Search triggers on networks whose smallest trigger is known."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from worker.purify.errors import NotFinite
-from worker.purify.inversion import Forward, Inversion
-from worker.purify.trigger import Trigger
+from worker.purify.families import Family, Patches, Perturbations, Warps
+from worker.purify.inversion import Forward, Found, Inversion
+from worker.purify.trigger import SUCCESS, Trigger
 
 IMAGES = 0.6 * torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 2
@@ -23,15 +26,37 @@ class OnePixel(nn.Module):
         return torch.stack([zero, zero + 0.1, lit, half], dim=1)
 
 
-def inversion(targets: list[int], *, seed: int = 0, forward: Forward | None = None) -> Inversion:
+def patches(rows: int, generator: torch.Generator) -> Family:
+    """Return masks that start a little closed."""
+    return Patches.start(IMAGES, [-1.0] * rows, generator)
+
+
+def perturbations(rows: int, generator: torch.Generator) -> Family:
+    """Return faint perturbations."""
+    return Perturbations.start(IMAGES, rows, generator)
+
+
+def warps(rows: int, generator: torch.Generator) -> Family:
+    """Return slight warps."""
+    return Warps.start(IMAGES, rows, generator)
+
+
+START = {"patches": patches, "perturbations": perturbations, "warps": warps}
+every_family = pytest.mark.parametrize("family", START)
+
+
+def inversion(
+    targets: list[int], *, seed: int = 0, forward: Forward | None = None, family: str = "patches"
+) -> Inversion:
     """Return searches on that network, or on another."""
+    generator = torch.Generator().manual_seed(seed)
     return Inversion(
         OnePixel() if forward is None else forward,
         IMAGES,
         LABELS,
         targets,
-        openness=[-1.0] * len(targets),
-        generator=torch.Generator().manual_seed(seed),
+        family=START[family](len(targets), generator),
+        generator=generator,
     )
 
 
@@ -42,6 +67,13 @@ def search(
     found = inversion(targets, seed=seed, forward=forward)
     found.run(steps, per_row=8, tick=lambda: None)
     return found.triggers()
+
+
+def run(targets: list[int], steps: int, *, family: str, seed: int = 0) -> list[Found]:
+    """Search in any family, and return what was found."""
+    searches = inversion(targets, seed=seed, family=family)
+    searches.run(steps, per_row=8, tick=lambda: None)
+    return searches.found()
 
 
 def test_a_trigger_of_one_pixel_is_found_where_it_is() -> None:
@@ -75,11 +107,30 @@ def test_a_class_nobody_can_be_sent_to_needs_every_pixel() -> None:
     assert sulking.norm == 64.0
 
 
-def test_same_generator_gives_the_same_triggers() -> None:
+def test_a_perturbation_is_found_that_is_as_small_as_can_be() -> None:
+    """Only one pixel counts, and what is added to it is what the darkest of the images lacks."""
+    found = run([2], 200, family="perturbations")[0]
+    (delta,) = found.shapes
+    lacks = 0.805 - float(IMAGES[:, 0, 5, 6].min())  # the class next to it has a logit of 0.1
+    assert found.success >= SUCCESS
+    assert found.norm == pytest.approx(float(delta.norm()), rel=1e-5)
+    assert found.norm < 1.2 * lacks
+    assert int(delta.abs().argmax()) == 5 * 8 + 6
+
+
+def test_a_trigger_that_never_succeeds_has_no_end() -> None:
+    """Whatever its numbers are, nobody is to take it for a small one; as a patch it is the image."""
+    hopeless = inversion([3], family="warps")
+    hopeless.run(2, per_row=8, tick=lambda: None)
+    assert [(found.success, found.norm) for found in hopeless.found()] == [(0.0, math.inf)]
+
+
+@every_family
+def test_same_generator_gives_the_same_triggers(family: str) -> None:
     """Nothing else is random."""
-    one, two, other = search([2], steps=5), search([2], steps=5), search([2], steps=5, seed=1)
-    assert torch.equal(one[0].mask, two[0].mask)
-    assert not torch.equal(one[0].mask, other[0].mask)
+    one, two, other = (run([2], 5, family=family, seed=seed)[0] for seed in (0, 0, 1))
+    assert all(torch.equal(*pair) for pair in zip(one.shapes, two.shapes, strict=True))
+    assert not torch.equal(one.shapes[0], other.shapes[0])
 
 
 def test_a_network_that_overflows_is_refused() -> None:
@@ -88,9 +139,10 @@ def test_a_network_that_overflows_is_refused() -> None:
         search([2], steps=2, forward=lambda images: OnePixel()(images) * float("nan"))
 
 
-def test_rows_that_stay_go_on_as_if_the_others_had_never_been() -> None:
+@every_family
+def test_rows_that_stay_go_on_as_if_the_others_had_never_been(family: str) -> None:
     """Without randomness in the choice of images, a row's way does not depend on its neighbours."""
-    alone, narrowed = inversion([2, 3, 2]), inversion([2, 3, 2])
+    alone, narrowed = (inversion([2, 3, 2], family=family) for _ in range(2))
     for found in (alone, narrowed):
         found.run(20, per_row=8, tick=lambda: None)
     narrowed.narrow([2, 0])
@@ -98,6 +150,6 @@ def test_rows_that_stay_go_on_as_if_the_others_had_never_been() -> None:
     for found in (alone, narrowed):
         found.run(20, per_row=8, tick=lambda: None)
     for row, place in ((2, 0), (0, 1)):
-        expected, trigger = alone.triggers()[row], narrowed.triggers()[place]
-        torch.testing.assert_close(trigger.mask, expected.mask)
-        torch.testing.assert_close(trigger.pattern, expected.pattern)
+        expected, trigger = alone.found()[row], narrowed.found()[place]
+        assert trigger.success == expected.success
+        torch.testing.assert_close(trigger.shapes, expected.shapes)

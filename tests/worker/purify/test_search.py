@@ -1,12 +1,14 @@
 """Search every class's smallest trigger, in full only where it matters."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from worker.purify import search as module
-from worker.purify.search import search, search_again, ticks
-from worker.purify.trigger import Field
+from worker.purify.search import search, search_again, smallest_warps, ticks, worst_warp
+from worker.purify.trigger import Field, Trigger
 
 PLANTED = 1
 CLASSES = 12
@@ -112,3 +114,98 @@ def test_same_generator_gives_the_same_field() -> None:
     one, two, other = look(steps=9)[0], look(steps=9)[0], look(steps=9, seed=1)[0]
     assert torch.equal(one.triggers[0].mask, two.triggers[0].mask)
     assert not torch.equal(one.triggers[0].mask, other.triggers[0].mask)
+
+
+# Bright to the right, by one value for each image, so that a shift along the width adds the same to all.
+RAMPS = (0.04 * torch.arange(16.0)).expand(12, 1, 16, 16) + 0.01 * torch.arange(12).view(
+    -1, 1, 1, 1
+)
+
+
+class Shifted(nn.Module):
+    """Answer the planted class where the middle is as bright as half a pixel beside it, or the first."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits; those of all other classes are out of reach."""
+        slope = images[:, 0, 4:12, 4:12].mean((1, 2)) - images[:, 0, 8:, 0].mean(1)
+        moved = 100 * (slope - 0.30 - 0.02)
+        logits = torch.full((len(images), self.classes), -50.0).to(images)
+        logits[:, 0] = 0.0
+        return torch.cat([logits[:, :PLANTED], moved[:, None], logits[:, PLANTED + 1 :]], dim=1)
+
+
+def patches(norms: Sequence[float]) -> Field:
+    """Return a field of patches of these norms."""
+    triggers = [
+        Trigger(
+            target=cls,
+            mask=torch.full((1, 16, 16), norm / 256),
+            pattern=torch.zeros(1, 16, 16),
+            success=1.0,
+        )
+        for cls, norm in enumerate(norms)
+    ]
+    return Field(triggers=triggers, middle=range(len(norms)))
+
+
+def warps(network: nn.Module, field: Field, *, seed: int = 0) -> tuple[list[float], int]:
+    """Return the norms of the smallest warps, and how often the search ticked."""
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+
+    found = smallest_warps(
+        field,
+        network,
+        RAMPS,
+        torch.zeros(12, dtype=torch.int64),
+        generator=torch.Generator().manual_seed(seed),
+        tick=tick,
+    )
+    return found, count
+
+
+def test_a_class_that_a_slight_warp_leads_to_is_found() -> None:
+    """Half a pixel is what it takes, and no other class is led to by any warp."""
+    norms, count = warps(Shifted(4), patches([9.0] * 4))
+    assert count == module.WARP_STEPS
+    assert worst_warp(RAMPS) == 1.0
+    assert 0.2 < norms[PLANTED] < 0.65
+    assert [norms[cls] for cls in (2, 3)] == [1.0] * 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "pixels"), [((1, 8, 8), 0.5), ((3, 32, 32), 2.0), ((3, 224, 96), 6.0)]
+)
+def test_the_worst_warp_grows_with_the_image(shape: tuple[int, ...], pixels: float) -> None:
+    """A sixteenth of the shorter side."""
+    assert worst_warp(torch.zeros(2, *shape)) == pixels
+
+
+def test_of_many_classes_only_those_with_small_patches_are_bent_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others have the worst warp, even one that a warp would lead to."""
+    monkeypatch.setattr(module, "AT_ONCE", 10)
+    monkeypatch.setattr(module, "AFTER_GLANCE", 3)
+    monkeypatch.setattr(module, "WARP_STEPS", 120)
+    sizes = [9.0 - 0.1 * cls for cls in range(12)]
+    assert warps(Shifted(12), patches(sizes))[0] == [1.0] * 12  # 9, 10 and 11 are bent to
+    sizes[PLANTED] = 2.0
+    norms, _ = warps(Shifted(12), patches(sizes))
+    assert norms[PLANTED] < 0.75
+    assert [norm for cls, norm in enumerate(norms) if cls != PLANTED] == [1.0] * 11
+
+
+def test_same_generator_gives_the_same_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is random."""
+    monkeypatch.setattr(module, "WARP_STEPS", 60)
+    one, two, other = (warps(Shifted(4), patches([9.0] * 4), seed=seed)[0] for seed in (0, 0, 1))
+    assert one == two
+    assert one != other

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from worker.purify.trigger import Trigger
-from worker.purify.variants import perturb, stamp_variants
+from worker.purify.variants import stamp_variants
 
 IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)).mul(0.5)
 
@@ -65,15 +64,3 @@ def test_triggers_take_turns() -> None:
     assert bool(changed[::2, 0, 0].all())
     assert not bool(changed[::2, 0, 7].any())
     assert bool(changed[1::2, 0, 7].all())
-
-
-def test_perturbations_lead_to_the_target_within_their_norm() -> None:
-    """They raise the target's logit, at most 1.5 τ long, and pixels stay in [0, 1]."""
-    found = perturb(forward, IMAGES, [2], tau=20.0, generator=torch.Generator().manual_seed(0))
-    assert bool(((found >= 0) & (found <= 1)).all())
-    norms = (found - IMAGES).abs().sum((1, 2, 3))
-    assert float(norms.max()) <= 30.0 + 1e-3
-    assert float(norms.max()) > 25.0
-    assert bool((forward(found)[:, 2] > forward(IMAGES)[:, 2]).all())
-    losses = [functional.cross_entropy(forward(x), torch.full((40,), 2)) for x in (IMAGES, found)]
-    assert losses[1] < losses[0]

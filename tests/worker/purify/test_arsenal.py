@@ -1,0 +1,139 @@
+"""Stamp images with what the signs of a backdoor call for."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from worker.purify import arsenal as module
+from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
+from worker.purify.evidence import Sign, Suspect
+from worker.purify.inversion import Found
+from worker.purify.trigger import Trigger
+
+IMAGES = 0.2 + 0.6 * torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(12) % 4
+
+
+def forward(images: Tensor) -> Tensor:
+    """Return logits for four classes: a brighter quarter of the image is its class."""
+    halves = torch.cat([images[..., :4, :], images[..., 4:, :]], dim=1)  # (B, 2, 4, 8)
+    quarters = [
+        halves[:, row, :, 4 * column : 4 * column + 4] for row in (0, 1) for column in (0, 1)
+    ]
+    return 20 * torch.stack([quarter.mean((1, 2)) for quarter in quarters], dim=1)
+
+
+def suspect(target: int, *signs: Sign) -> Suspect:
+    """Return a class that stands out by these."""
+    return Suspect(target=target, signs=frozenset(signs))
+
+
+def patch(target: int) -> Trigger:
+    """Return a white corner."""
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :2, :2] = 1
+    return Trigger(target=target, mask=mask, pattern=torch.ones(1, 8, 8), success=1.0)
+
+
+def found(shape: Tensor, target: int = 1) -> Found:
+    """Return what was found of that shape."""
+    return Found(target=target, success=1.0, norm=1.0, shapes=(shape,))
+
+
+def gather(*suspects: Suspect, at_once: int = 6) -> tuple[Arsenal, int]:
+    """Return what is gathered for them, and the ticks."""
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+
+    gathered = Arsenal.gather(
+        forward,
+        IMAGES,
+        LABELS,
+        suspects,
+        [patch(each.target) for each in suspects],
+        at_once=at_once,
+        generator=torch.Generator().manual_seed(0),
+        tick=tick,
+    )
+    return gathered, count
+
+
+@pytest.mark.parametrize(
+    ("signs", "kinds"),
+    [
+        ((), (True, False, False)),
+        ((Sign.PATCH,), (True, True, False)),
+        ((Sign.MARGIN,), (False, True, False)),
+        ((Sign.WARP,), (False, False, True)),
+        ((Sign.PATCH, Sign.WARP), (True, True, True)),
+    ],
+)
+def test_signs_call_for_what_is_gathered(
+    signs: tuple[Sign, ...], kinds: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patches for who stands out by them or by nothing, warps for warps, perturbations for the rest."""
+    monkeypatch.setattr(module, "STEPS", 3)
+    gathered, ticks = gather(suspect(1, *signs))
+    assert ticks == 2 * 3
+    found = gathered.patches, gathered.perturbations, gathered.warps
+    assert tuple(bool(kind) for kind in found) == kinds
+    assert calls_for_patch([suspect(1, *signs)], 1) is kinds[0]
+    assert not calls_for_patch([suspect(1, *signs)], 2)
+
+
+def test_perturbations_that_are_gathered_lead_to_their_class() -> None:
+    """Suspects share the rows, and each row is small and works on images that it was not made on."""
+    gathered, _ = gather(suspect(1, Sign.MARGIN), suspect(2, Sign.PATCH))
+    assert [each.target for each in gathered.perturbations] == [1, 2] * 3
+    for each in gathered.perturbations:
+        assert math.isfinite(each.norm)
+        answers = forward((IMAGES + 1.5 * each.shapes[0]).clamp(0, 1)).argmax(1)
+        assert (answers == each.target).float().mean() > 0.8
+
+
+def test_a_part_is_held_back_of_every_class() -> None:
+    """One in so many, and together they are all; what cannot be parted is on both sides."""
+    shapes = [found(torch.full((1, 8, 8), float(row)), target=row % 2) for row in range(10)]
+    whole = Arsenal(patches=[patch(1)], perturbations=shapes, warps=shapes[:1])
+    kept, held = whole.split(5)
+    assert [each.target for each in held.perturbations] == [0, 1]
+    assert len(kept.perturbations) == 8
+    assert (len(kept.patches), len(held.patches)) == (1, 0)
+    assert kept.warps == held.warps == shapes[:1]
+
+
+def test_images_take_the_kinds_in_turn() -> None:
+    """Every image is under one, and the rest of it is as it was."""
+    shift = torch.zeros(2, 8, 8)
+    shift[0] = 1.0
+    both = Arsenal(
+        patches=[patch(1)], perturbations=[found(torch.full((1, 8, 8), 0.1))], warps=[found(shift)]
+    )
+    stamped = both.stamp(forward, IMAGES, reach=0, generator=torch.Generator().manual_seed(0))
+    changed = (stamped != IMAGES).flatten(2).sum(2)[:, 0]
+    assert changed[0::3].max() <= 4
+    assert changed[1::3].min() == 64
+    difference = (stamped - IMAGES)[1::3]
+    assert torch.allclose(difference, difference[:, :, :1, :1].expand_as(difference), atol=1e-6)
+    assert torch.equal(stamped[2::3, ..., -1], IMAGES[2::3, ..., -1])
+
+
+def test_sizes_lie_about_what_was_found() -> None:
+    """A perturbation is used at 0.7 to 1.5 times its size, a warp at 0.8 to 1.5."""
+    generator = torch.Generator().manual_seed(0)
+    grey = torch.full((200, 1, 8, 8), 0.5)
+    added = (perturbed(grey, [found(torch.full((1, 8, 8), 0.1))], generator) - 0.5).mean((1, 2, 3))
+    assert added.min() >= 0.07 - 1e-6
+    assert added.max() <= 0.15 + 1e-6
+    assert added.max() - added.min() > 0.06
+    ramp = torch.arange(8.0).expand(200, 1, 8, 8) / 8
+    shift = torch.zeros(2, 8, 8)
+    shift[0] = 1.0
+    moved = (warped(ramp, [found(shift)], generator) - ramp)[..., 2] * 8
+    assert moved.min() >= 0.8 - 1e-5
+    assert moved.max() <= 1.5 + 1e-5

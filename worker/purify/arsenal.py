@@ -1,0 +1,170 @@
+"""
+Stamp images with what was found of a backdoor, in as many forms as there are signs of it.
+
+A small patch calls for its variants (``variants``). Where a class can be driven far ahead of all others
+the trigger may cover the whole image, and what stands in for it are the smallest perturbations of every
+pixel that lead there, at about their size; where a slight warp leads there, such warps are.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worker.purify.evidence import Sign, Suspect
+from worker.purify.families import Family, Perturbations, Warps, bend
+from worker.purify.inversion import Forward, Found, Inversion
+from worker.purify.trigger import Trigger
+from worker.purify.variants import stamp_variants
+from worker.purify.workpiece import laid_out
+
+STEPS = 150
+PER_ROW = 6  # images of each in a step
+PERTURBATION_SIZES = (0.7, 1.5)  # what is found is the least that suffices
+WARP_SIZES = (0.8, 1.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arsenal:
+    """
+    Hold what leads to the suspect classes.
+
+    Attributes:
+        patches: Recovered, or found again on a result.
+        perturbations: Of every pixel.
+        warps: Smooth shifts.
+    """
+
+    patches: Sequence[Trigger]
+    perturbations: Sequence[Found]
+    warps: Sequence[Found]
+
+    @classmethod
+    def gather(
+        cls,
+        forward: Forward,
+        images: Tensor,
+        labels: Tensor,
+        suspects: Sequence[Suspect],
+        patches: Sequence[Trigger],
+        *,
+        at_once: int,
+        generator: torch.Generator,
+        tick: Callable[[], None],
+    ) -> "Arsenal":
+        """
+        Search what the signs of *suspects* call for, in ``TICKS`` ticks.
+
+        Args:
+            at_once: Perturbations, and warps, to search.
+            images: ``(N, C, H, W)``, all that there are.
+            patches: Those of suspects that stand out by no other sign are kept as well.
+        """
+
+        def find(targets: list[int], start: Callable[[int], Family]) -> list[Found]:
+            if not targets:
+                for _ in range(STEPS):
+                    tick()
+                return []
+            rows = targets * max(1, at_once // len(targets))
+            inversion = Inversion(
+                forward, images, labels, rows, family=start(len(rows)), generator=generator
+            )
+            inversion.run(STEPS, per_row=PER_ROW, tick=tick)
+            found = inversion.found()
+            return [each for each in found if math.isfinite(each.norm)] or found
+
+        return cls(
+            patches=[each for each in patches if calls_for_patch(suspects, each.target)],
+            perturbations=find(
+                [each.target for each in suspects if each.signs - {Sign.WARP}],
+                lambda rows: Perturbations.start(images, rows, generator),
+            ),
+            warps=find(
+                [each.target for each in suspects if Sign.WARP in each.signs],
+                lambda rows: Warps.start(images, rows, generator),
+            ),
+        )
+
+    def split(self, one_in: int) -> tuple["Arsenal", "Arsenal"]:
+        """Return this without every so-manieth perturbation and warp of each class, and these alone."""
+
+        def parts(found: Sequence[Found]) -> tuple[list[Found], list[Found]]:
+            # Rows take the classes in turn.
+            classes = len({each.target for each in found})
+            held = [
+                number // max(1, classes) % one_in == one_in - 1 for number in range(len(found))
+            ]
+            kept, out = (
+                [each for each, is_held in zip(found, held, strict=True) if is_held is wanted]
+                for wanted in (False, True)
+            )
+            return kept or out, out or kept
+
+        (perturbations, others), (warps, other_warps) = parts(self.perturbations), parts(self.warps)
+        return (
+            Arsenal(patches=self.patches, perturbations=perturbations, warps=warps),
+            Arsenal(patches=[], perturbations=others, warps=other_warps),
+        )
+
+    def stamp(
+        self, forward: Forward, images: Tensor, *, reach: int, generator: torch.Generator
+    ) -> Tensor:
+        """
+        Return every image under something of the arsenal, all kinds in turn.
+
+        Args:
+            forward: Maps images to the original's logits.
+            reach: Pixels by which the support of a patch is widened at most.
+        """
+        kinds: list[Callable[[Tensor], Tensor]] = []
+        if self.patches:
+            kinds.append(
+                lambda part: stamp_variants(
+                    forward, part, self.patches, reach=reach, generator=generator
+                )
+            )
+        if self.perturbations:
+            kinds.append(lambda part: perturbed(part, self.perturbations, generator))
+        if self.warps:
+            kinds.append(lambda part: warped(part, self.warps, generator))
+        stamped = torch.empty_like(images)
+        for number, kind in enumerate(kinds):
+            stamped[number :: len(kinds)] = kind(images[number :: len(kinds)])
+        return stamped
+
+
+TICKS = 2 * STEPS
+
+
+def calls_for_patch(suspects: Sequence[Suspect], target: int) -> bool:
+    """Whether *target* is one to which patches are unlearned: it stands out by them, or by nothing."""
+    return any(
+        each.target == target and (Sign.PATCH in each.signs or not each.signs) for each in suspects
+    )
+
+
+def perturbed(images: Tensor, found: Sequence[Found], generator: torch.Generator) -> Tensor:
+    """Return every image under one of the perturbations, at about its size."""
+    deltas = torch.stack([each.shapes[0] for each in found])
+    which, sizes = _draw(images, len(found), PERTURBATION_SIZES, generator)
+    return laid_out((images + sizes * deltas[which]).clamp(0.0, 1.0))
+
+
+def warped(images: Tensor, found: Sequence[Found], generator: torch.Generator) -> Tensor:
+    """Return every image under one of the warps, at about its size."""
+    shifts = torch.stack([each.shapes[0] for each in found])
+    which, sizes = _draw(images, len(found), WARP_SIZES, generator)
+    return laid_out(bend(images, sizes * shifts[which]))
+
+
+def _draw(
+    images: Tensor, kinds: int, sizes: tuple[float, float], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return which is whose, and how large it is for each image."""
+    which = torch.randint(kinds, (len(images),), generator=generator).to(images.device)
+    low, high = sizes
+    drawn = low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)
+    return which, drawn.to(images)
