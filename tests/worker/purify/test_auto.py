@@ -38,6 +38,7 @@ def preset(**given: object) -> TriggerRewriting:
     return TriggerRewriting(**params.model_dump())
 
 
+@cache
 def purified(seed: int) -> tuple[Purified, tuple[float, float], tuple[float, float]]:
     """Return the result with one image per class, and ACC and ASR before and after."""
     model, split = backdoored(seed)
@@ -109,8 +110,7 @@ def test_a_model_found_clean_comes_back_unchanged_unless_forced() -> None:
     assert not result.values
     assert not result.candidates
     assert steps == [(step, len(steps)) for step in range(1, len(steps) + 1)]
-    forced = preset(**quick, force=True).purify(model, images, labels, seed=0)
-    assert forced.verdict is Verdict.CLEAN
+    forced = preset(**quick, steps=3, force=True).purify(model, images, labels, seed=0)
     assert forced.values
 
 
