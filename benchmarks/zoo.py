@@ -40,6 +40,7 @@ from benchmarks.subjects import (
 )
 from common.catalogue.architectures import ARCHITECTURES
 from worker.architectures.registry import build
+from worker.purify.precision import autocast_type
 
 FOLDER = Path(__file__).parents[1] / "var" / "zoo"
 HELD_OUT = {CIFAR: 2_000, GTSRB: 1_800}
@@ -296,6 +297,7 @@ def train(recipe: Recipe, data: Path) -> nn.Module:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
+    compute = autocast_type("auto", torch.zeros(1, device=device))
     steps = -(-count // BATCH) * EPOCHS[recipe.images]
     optimiser = torch.optim.SGD(
         model.parameters(),
@@ -315,7 +317,7 @@ def train(recipe: Recipe, data: Path) -> nn.Module:
                 assert isinstance(recipe.stamp, Warp)
                 another = int(rng.integers(2**31))
                 x[row : row + 1] = replace(recipe.stamp, seed=another)(x[row : row + 1])
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, compute, enabled=compute is not None):
                 logits = model(as_tensor(x).to(device))
             labels_given = torch.from_numpy(given[batch]).to(device)
             loss = functional.cross_entropy(logits.float(), labels_given)
