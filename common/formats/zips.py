@@ -37,6 +37,7 @@ _LOCAL = struct.Struct("<4s5H3I2H")
 _DESCRIPTOR_FLAG, _UTF8_FLAG = 0x8, 0x800
 _ALLOWED_FLAGS = _DESCRIPTOR_FLAG | _UTF8_FLAG | 0x6  # and two bits that say how hard deflate tried
 _ZIP64, _UNICODE_PATH = 0x0001, 0x7075  # extra fields
+_DOS_FOLDER = 0x10  # a mark among the outer attributes
 _FULL = 0xFFFFFFFF  # "look into the zip64 field"
 
 
@@ -195,6 +196,9 @@ def _read_entry(directory: bytes, position: int) -> tuple[_Member, int]:
         raise UnsafeZip("A member of the zip is a link or a device.")
     if is_folder and unpacked:
         raise UnsafeZip("A folder in the zip has content.")
+    if outer & _DOS_FOLDER and not is_folder:
+        # miniz leaves it out and hands torch memory that was never written.
+        raise UnsafeZip("A member of the zip is a file by its name and a folder by its mark.")
     unpacked, packed, offset = _widened(extra, (unpacked, packed, offset))
     member = _Member(
         raw_name=name, flags=flags, method=method, crc=crc, packed_bytes=packed, bytes=unpacked,

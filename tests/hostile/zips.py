@@ -192,6 +192,7 @@ TRICKS: Mapping[str, tuple[Callable[[], bytes], frozenset[str]]] = {
     "a name with an escape": (lambda: with_member("archive/\x1b[2J"), UNSAFE),
     "a very long name": (lambda: with_member("archive/" + "x" * 5000), UNSAFE),
     "a folder that is a file": (lambda: with_member("archive/data/", b"x"), UNSAFE),
+    "a file marked as a folder": (lambda: patched(ENTRY, 38, b"\x10", which=2), UNSAFE),
     "another folder": (lambda: with_member("evil/data.pkl", HONEST), FOREIGN),
     "a hidden member": (lambda: with_member("archive/evil.so"), FOREIGN),
     "a storage by a name": (lambda: with_member("archive/data/x"), FOREIGN),
