@@ -39,7 +39,7 @@ from worker.purify.workpiece import (
     check_answers,
     check_samples,
     frozen_copy,
-    laid_out,
+    laid_out_for,
     require,
     ticker,
 )
@@ -168,7 +168,7 @@ class AdversarialWeightMasking:
         images, labels = augment(
             images, labels, copies=self.augmentations, flip=self.flip, generator=generator
         )
-        images = laid_out(images.to(weight.device, dtype))
+        images = laid_out_for(model, images.to(weight.device, dtype))
         labels = labels.to(weight.device, torch.int64)
         masked = self._masked(model, names, images, preprocess)
         check_answers(masked, images, labels)

@@ -13,6 +13,7 @@ from worker.purify.method import Progress
 from worker.purify.metrics import Preprocess
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_VECTOR_FLOATS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def prepare(
     device = images.device if parameter is None else parameter.device
     work = Workpiece(
         model=frozen_copy(model, precision),
-        images=laid_out(images.to(device, precision)),
+        images=laid_out_for(model, images.to(device, precision)),
         labels=labels.to(device, torch.int64),
         preprocess=preprocess,
     )
@@ -89,7 +90,7 @@ def prepare(
 
 def frozen_copy(model: nn.Module, precision: torch.dtype) -> nn.Module:
     """
-    Return a copy in eval mode, without gradients, laid out for speed.
+    Return a copy in eval mode, without gradients, laid out as ``laid_out_for`` says.
 
     Raises:
         UnusableModel: It holds something that cannot be copied.
@@ -100,7 +101,7 @@ def frozen_copy(model: nn.Module, precision: torch.dtype) -> nn.Module:
         raise UnusableModel(f"The model cannot be copied: {exc}") from exc
     frozen = frozen.to(precision).eval().requires_grad_(False)
     for parameter in frozen.parameters():
-        parameter.data = laid_out(parameter.data)
+        parameter.data = laid_out_for(model, parameter.data)
     return frozen
 
 
@@ -150,6 +151,30 @@ def check_answers(logits_of: Callable[[Tensor], Tensor], images: Tensor, labels:
 def laid_out(tensor: Tensor) -> Tensor:
     """Return *tensor* with its channels last in memory, which 2-d convolutions are faster on."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def laid_out_for(model: nn.Module, tensor: Tensor) -> Tensor:
+    """Return a weight of *model*, or its images, ``laid_out`` if its weights can be learned so."""
+    return tensor if _miscomputes_channels_last(model) else laid_out(tensor)
+
+
+def _miscomputes_channels_last(model: nn.Module) -> bool:
+    """
+    Return whether a weight's gradient would be wrong, or end the process, with channels last.
+
+    For a strided 1x1 convolution of fewer input channels than a vector has floats (8 with AVX2, 16
+    with AVX-512), oneDNN writes past its workspace on processors that have no better kernel. That
+    is the shortcut of a narrow ResNet. Only a weight's gradient is concerned, not an image's.
+
+    Source: uxlfoundation/oneDNN#6035, seen with torch 2.13.
+    """
+    return any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.in_channels // module.groups < _VECTOR_FLOATS
+        for module in model.modules()
+    )
 
 
 def use_batch_statistics(model: nn.Module, images: int, *, remember: bool) -> None:

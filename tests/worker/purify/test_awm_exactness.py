@@ -134,26 +134,11 @@ def test_whole_runs_agree_in_float64(
         torch.testing.assert_close(mask.double(), naive.m[key].detach(), rtol=0, atol=1e-6)
 
 
-def channels_last_error(model: nn.Module, images: Tensor) -> float:
-    """Return how far torch's own gradients with channels last lie from those without."""
-
-    def gradient(layout: torch.memory_format) -> Tensor:
-        network = copy.deepcopy(model).float()
-        network.to(memory_format=layout)  # type: ignore[call-overload]
-        answers = network(images.float().contiguous(memory_format=layout))
-        found = torch.autograd.grad(answers.square().sum(), list(network.parameters()))
-        return torch.cat([each.flatten() for each in found])
-
-    return relative(gradient(torch.channels_last), gradient(torch.contiguous_format))
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_single_step_agrees_in_float32(name: str) -> None:
     """From the same state, a step of the perturbation or of the masks is the same to 1e-4."""
     method = AdversarialWeightMasking(epochs=3, passes=2, batch_size=5, tau=20.0)
     model, (images, labels) = network_and_samples(name)
-    if channels_last_error(model, images) > 0.01:
-        pytest.skip("torch's own convolutions with channels last are wrong on this processor")
     naive = NaiveAwm(method, copy.deepcopy(model), images, labels)
     masked = method._masked(model, list(naive.m), images, preprocess=None)
     search = PerturbationSearch(masked, images, batch_size=5, lr=method.perturbation_lr)
