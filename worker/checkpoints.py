@@ -34,7 +34,7 @@ from common.errors import (
     UnsafePickle,
     WeightsNotFinite,
 )
-from common.formats.model import PREFIX, WRAPPERS, ModelFormat
+from common.formats.model import PREFIX, WRAPPERS, ModelFormat, check_names
 from common.formats.safetensors import tensor_positions
 from worker.containers import bits, check, identical
 
@@ -83,7 +83,7 @@ def load(path: Path, model_format: ModelFormat) -> Checkpoint:
     Raises:
         DamagedFile: The loader refuses it.
         UnsafePickle: It names code, or a class that the loader does not know.
-        UnsupportedFormat: It holds other than plain values and dense tensors.
+        UnsupportedFormat: It holds other than plain values and dense tensors with plain names.
         WeightsNotFinite: A weight is NaN or infinite.
     """
     match model_format:
@@ -226,6 +226,7 @@ def _find_tensors(root: Any) -> tuple[str, dict[str, Tensor]]:
     for found in _candidates(root):
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         if tensors and all(isinstance(key, str) for key in tensors):
+            check_names(tensors)
             prefix = PREFIX if all(key.startswith(PREFIX) for key in tensors) else ""
             return prefix, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     raise NoStateDict

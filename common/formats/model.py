@@ -162,14 +162,19 @@ def find_state_dict(root: object) -> tuple[str | None, str, dict[str, TensorInfo
             continue
         tensors = {key: value for key, value in found.items() if isinstance(value, TensorInfo)}
         if tensors and all(isinstance(key, str) for key in tensors):
-            _check_names(tensors)
+            check_names(tensors)
             prefix = PREFIX if all(key.startswith(PREFIX) for key in tensors) else ""
             return wrapper, prefix, {key.removeprefix(prefix): t for key, t in tensors.items()}
     raise NoStateDict("The file holds no dict of named tensors.")
 
 
-def _check_names(names: Iterable[str]) -> None:
-    """Refuse names that could not be shown, logged or stored as they are."""
+def check_names(names: Iterable[str]) -> None:
+    """
+    Check the names of tensors.
+
+    Raises:
+        UnsupportedFormat: One could not be shown, logged or stored as it is.
+    """
     for name in names:
         if len(name) > MAX_NAME_LENGTH or not name.isprintable():
             raise UnsupportedFormat(

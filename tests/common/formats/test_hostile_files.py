@@ -15,6 +15,7 @@ from common.formats.samples import Purpose, check_labels, inspect_samples
 from tests.hostile_files import Field, HostileFile, honest_files, hostile_files
 from tests.service.forms import CLASSES
 from tests.support.stack import REPOSITORY
+from tests.support.unpickler import PLAIN_UNPICKLER
 
 HOSTILE, HONEST = hostile_files(), honest_files()
 MAX_BYTES = 64 << 20
@@ -71,31 +72,6 @@ def test_honest_file_is_taken(tmp_path: Path, file: HostileFile) -> None:
     pass_the_gate(path, file)
 
 
-_PLAIN_UNPICKLER = """
-import io, pickle, sys, zipfile
-class Plain(pickle.Unpickler):
-    def persistent_load(self, _):
-        return None
-for path in sys.argv[1:]:
-    content = open(path, "rb").read()
-    if content.startswith(b"PK"):
-        # The first member that a front-to-back reader finds, checksums and all else aside.
-        archive = zipfile.ZipFile(io.BytesIO(content))
-        parts = [archive.read(name) for name in archive.namelist()]
-        start = content.find(b"archive/data.pkl")
-        parts.append(content[start + len("archive/data.pkl"):])
-    else:
-        parts = [content]
-    for part in parts:
-        if part.startswith(b"\\x93NUMPY"):
-            part = part[10 + int.from_bytes(part[8:10], "little"):]
-        try:
-            Plain(io.BytesIO(part)).load()
-        except BaseException:
-            pass
-"""
-
-
 def test_code_in_hostile_files_is_live(tmp_path: Path) -> None:
     """A plain unpickler creates the canary of every file that carries code: no gadget is a dud."""
     canaries = {}
@@ -107,7 +83,7 @@ def test_code_in_hostile_files_is_live(tmp_path: Path) -> None:
         canaries[str(file)] = canary
         paths.append(str(path))
     subprocess.run(
-        [sys.executable, "-c", _PLAIN_UNPICKLER, *paths],
+        [sys.executable, "-c", PLAIN_UNPICKLER, *paths],
         check=True,
         capture_output=True,
         cwd=tmp_path,
