@@ -37,7 +37,7 @@ MAX_DEPTH = 3
 """Lists and objects inside each other: the header, a tensor, its shape."""
 
 MAX_ELEMENTS = 1 << 40
-"""Any number in the header, so that products of shapes stay small numbers."""
+"""Any number in the header, and any product of sides, so that all of them stay small numbers."""
 
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}"-]', re.DOTALL)
 _CHUNK_BYTES = 1 << 20
@@ -170,6 +170,9 @@ def _describe_one(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
         raise UnsupportedFormat(f"{name!r} has more than {MAX_RANK} dimensions.")
     if any(type(n) is not int or not 0 <= n <= MAX_ELEMENTS for n in (*shape, begin, end)):
         raise ValueError(f"{name!r} has an impossible shape or place")
+    # The library multiplies from the left, and overflows before it comes to a side of 0.
+    if math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
+        raise ValueError(f"{name!r} has an impossible shape")
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"{name!r} is not as long as its shape says")
     info = TensorInfo(
