@@ -22,7 +22,7 @@ from common.errors import (
     NoSamples,
 )
 from common.formats import image_folders
-from common.formats.npz import ALIASES
+from common.formats.arrays import ALIASES
 from common.formats.samples import Purpose
 from worker.image_folders import load as load_folders
 

@@ -85,7 +85,7 @@ def inspect_samples(path: Path, purpose: Purpose, *, max_bytes: int) -> SampleFi
     Raises:
         Refused: It is no such file; the class says why.
     """
-    from common.formats import image_folders, npz  # noqa: PLC0415 - they use this module's types
+    from common.formats import arrays, image_folders, npz  # noqa: PLC0415 - they use this module's types
 
     if not path.stat().st_size:
         raise EmptyFile(f"The {purpose} file is empty.")
@@ -96,7 +96,7 @@ def inspect_samples(path: Path, purpose: Purpose, *, max_bytes: int) -> SampleFi
             _check_sizes(archive.infolist(), purpose, max_bytes)
             if image_folders.are_in(archive):
                 return image_folders.inspect(archive, purpose, max_bytes=max_bytes)
-            return npz.inspect(archive, purpose)
+            return arrays.inspect(npz.arrays_in(archive), purpose)
     except Refused:
         raise
     except (

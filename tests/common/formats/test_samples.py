@@ -25,7 +25,7 @@ from common.errors import (
     TooLarge,
     UnsafeZip,
 )
-from common.formats.npz import MAX_MEMBERS
+from common.formats.arrays import MAX_ARRAYS
 from common.formats.samples import (
     MAX_SIDE,
     Purpose,
@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Problem]]] = {
     "no images": ({"labels": LABELS}, InvalidSamples),
     "images twice": ({"images": BYTES, "x": BYTES}, InvalidSamples),
     "labels twice": ({"images": BYTES, "labels": LABELS, "y": LABELS}, InvalidSamples),
-    "too many arrays": ({"images": BYTES, **{f"a{n}": LABELS for n in range(MAX_MEMBERS)}},
+    "too many arrays": ({"images": BYTES, **{f"a{n}": LABELS for n in range(MAX_ARRAYS)}},
                         InvalidSamples),
     "one image without a batch": ({"images": BYTES[0]}, InvalidImages),
     "five dimensions": ({"images": BYTES[None]}, InvalidImages),
@@ -196,6 +196,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Problem]]] = {
     "one-hot labels": ({"images": BYTES, "labels": np.eye(4, dtype=int)}, InvalidLabels),
     "scalar labels": ({"images": BYTES, "labels": np.array(1)}, InvalidLabels),
     "negative labels": ({"images": BYTES, "labels": LABELS - 1}, InvalidLabels),
+    "labels above every number of classes": (
+        {"images": BYTES, "labels": np.full(4, 1 << 63, np.uint64)}, InvalidLabels),
     "too few labels": ({"images": BYTES, "labels": LABELS[:3]}, InvalidLabels),
     "too many labels": ({"images": BYTES, "labels": np.tile(LABELS, 2)}, InvalidLabels),
 }  # fmt: skip
