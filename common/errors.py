@@ -481,7 +481,8 @@ class InvalidSamples(Refused):
     code = "invalid-samples"
     title = "Invalid sample file"
     default_hint = (
-        "Send an .npz: np.savez('clean.npz', images=images, labels=labels); or a zip with one folder "
+        "Send an .npz: np.savez('clean.npz', images=images, labels=labels); or a .safetensors: "
+        'save_file({"images": images, "labels": labels}, "clean.safetensors"); or a zip with one folder '
         "of PNG or JPEG per class."
     )
 
@@ -499,7 +500,10 @@ class InvalidImages(Refused):
 
     code = "invalid-images"
     title = "Invalid images"
-    default_hint = "Images are uint8 (N, H, W, C), or float32 (N, C, H, W) in [0, 1]."
+    default_hint = (
+        "Images are uint8 (N, H, W, C), or float32 (N, C, H, W) in [0, 1]; "
+        "uint8 (N, C, H, W) becomes the second by images / 255."
+    )
 
 
 class ImagesOutOfRange(Refused):

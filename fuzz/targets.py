@@ -35,6 +35,7 @@ from common.errors import (
 )
 from common.formats import image_folders
 from common.formats.model import check_finite, inspect_model
+from common.formats.safetensors import is_safetensors
 from common.formats.samples import Purpose, inspect_samples
 from service import fields
 from tests import hostile_files as hostile
@@ -214,7 +215,7 @@ _JSON_TOKENS = (b'{"', b'":', b"[", b"]", b"}", b",", b"null", b"true", b"1e999"
 
 
 def check_samples(content: bytes) -> bool:
-    """Hold the gate for sample files against numpy and Pillow, for each purpose."""
+    """Hold the gate for sample files against numpy, safetensors and Pillow, for each purpose."""
     path = _written(content)
     accepted = False
     for purpose in Purpose:
@@ -241,6 +242,8 @@ def check_samples(content: bytes) -> bool:
 
 
 def _holds_pictures(path: Path) -> bool:
+    if is_safetensors(path):
+        return False
     with zipfile.ZipFile(path) as archive:
         return image_folders.are_in(archive)
 
@@ -252,6 +255,11 @@ def check_array(content: bytes) -> bool:
     as_images = check_samples(hostile.npz({"images": content, "labels": labels}))
     as_labels = check_samples(hostile.npz({"images": images, "labels": content, "target": labels}))
     return as_images or as_labels
+
+
+def check_sample_header(content: bytes) -> bool:
+    """Hold the reading of a safetensors header against the library's, with bytes that suit many."""
+    return check_samples(hostile.safetensors_file(content, bytes(16)))
 
 
 def _npz(*, compressed: bool = False, **arrays: object) -> bytes:
@@ -271,9 +279,38 @@ def _sample_seeds() -> list[bytes]:
         _npz(x=floats, y=[0, 1], target=[1, 1]),
         _npz(images=floats.astype(">f8"), names=["a", "b"]),
         _npz(compressed=True, images=images, labels=[0, 1]),
+        *_tensor_seeds(),
         hostile.zip_that_says_encrypted(),
         hostile.zip_with_a_lying_size(),
     ]
+
+
+def _tensor_seeds() -> list[bytes]:
+    images = torch.arange(2 * 2 * 2).reshape(2, 2, 2, 1).byte()
+    floats, labels = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1])
+    honest = safetensors.torch.save({"images": images, "labels": labels, "target": torch.tensor(1)})
+    return [
+        honest,
+        honest[:-1],
+        safetensors.torch.save({"x": floats.bfloat16(), "y": labels.short(), "target": labels}),
+        safetensors.torch.save({"images": floats.half(), "z": floats}, metadata={"format": "pt"}),
+        safetensors.torch.save({"images": floats.double() + 1}),
+        safetensors.torch.save({"images": images, "labels": labels.to(torch.uint64)}),
+    ]
+
+
+def _sample_header_seeds() -> list[bytes]:
+    entry = hostile.entry
+    headers: list[object] = [
+        {"images": entry("U8", [1, 4, 4, 1], 0, 16)},
+        {"x": entry("F16", [2, 1, 2, 1], 0, 8), "labels": entry("I32", [2], 8, 16)},
+        {"images": entry("BF16", [2, 1, 1, 2], 0, 8), "y": entry("U16", [2], 8, 12),
+         "target": entry("U32", [], 12, 16), "__metadata__": {"k": "v"}},
+        {"images": entry("U8", [8, 1, 1, 1], 0, 8), "z": entry("F8_E5M2", [2, 4], 8, 16)},
+        {"images": entry("F64", [2, 1, 1, 1], 0, 16), "x": entry("U8", [0], 16, 16)},
+        {"images": entry("U8", [1 << 40, 1 << 40, 0, 1], 0, 0)},
+    ]  # fmt: skip
+    return [json.dumps(header).encode() for header in headers]
 
 
 def _array_seeds() -> list[bytes]:
@@ -294,6 +331,11 @@ _NPY_TOKENS = (b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00", b"'descr': ", b"'fort
                b"'shape': ", b"True", b"False", b"(2, 3, 3, 1)", b"(2,)", b"()", b"'<f4'", b"'>i8'",
                b"'|u1'", b"'|O'", b"'|V8'", b"-1", b"99999999999999999999",
                b"[('a', '<f4')]")  # fmt: skip
+
+_TENSOR_TOKENS = (b'"images":{', b'"x":{', b'"labels":{', b'"y":{', b'"target":{', b'"dtype":"U8"',
+                  b'"dtype":"BF16"', b'"dtype":"F16"', b'"dtype":"F64"', b'"dtype":"I64"',
+                  b'"dtype":"U64"', b'"dtype":"F8_E4M3"', b'"shape":[]', b"[2,1,1,2]",
+                  b"1099511627776")  # fmt: skip
 
 _IMAGE_TOKENS = (b"\x89PNG\r\n\x1a\n", b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND",
                  b"\xff\xd8\xff\xe0", b"\xff\xc0", b"\xff\xc2", b"\xff\xda", b"\xff\xd9",
@@ -346,7 +388,12 @@ TARGETS: Mapping[str, Target] = {
     "samples": Target(
         check=check_samples,
         seeds=_sample_seeds,
-        tokens=(*_ZIP_TOKENS, *_NPY_TOKENS, *_IMAGE_TOKENS),
+        tokens=(*_ZIP_TOKENS, *_NPY_TOKENS, *_IMAGE_TOKENS, *_JSON_TOKENS, *_TENSOR_TOKENS),
+    ),
+    "samples_header": Target(
+        check=check_sample_header,
+        seeds=_sample_header_seeds,
+        tokens=(*_JSON_TOKENS, *_TENSOR_TOKENS),
     ),
     "npy": Target(check=check_array, seeds=_array_seeds, tokens=_NPY_TOKENS),
     "fields": Target(check=check_fields, seeds=_field_seeds, tokens=_JSON_TOKENS),

@@ -8,11 +8,11 @@ from service.uploads import FILES, REQUIRED
 
 _FILE_DESCRIPTIONS = {
     "model": "The checkpoint: `.pt`/`.pth` (a state dict, bare or in a dict) or `.safetensors`.",
-    "samples": "Clean images: `.npz` with `images` (uint8 NHWC, or float NCHW in [0, 1]) and "
-    "`labels`, or a zip of class folders of PNG or JPEG; one image per class is enough.",
-    "evaluation": "Clean, labelled images, used only to measure accuracy.",
-    "triggered": "Triggered images with their true `labels` and the attack's `target`, used only to "
-    "measure the attack's success.",
+    "samples": "Clean images: `.npz` or `.safetensors` with `images` (uint8 NHWC, or float NCHW in "
+    "[0, 1]) and `labels`, or a zip of class folders of PNG or JPEG; one image per class is enough.",
+    "evaluation": "Clean, labelled images, like `samples`; used only to measure accuracy.",
+    "triggered": "Triggered images with their true `labels` and the attack's `target` (a number, or one "
+    "per image), as `.npz` or `.safetensors`; used only to measure the attack's success.",
 }
 
 _TEXTS: dict[str, dict[str, Any]] = {

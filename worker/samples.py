@@ -5,12 +5,14 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import safetensors
 import torch
 from torch import Tensor
 
@@ -22,13 +24,15 @@ from common.errors import (
     NoSamples,
 )
 from common.formats import image_folders
-from common.formats.npz import ALIASES
+from common.formats.arrays import ALIASES
+from common.formats.safetensors import is_safetensors
 from common.formats.samples import Purpose
 from worker.image_folders import load as load_folders
 
 Array = npt.NDArray[Any]
 
 _DAMAGE = (
+    safetensors.SafetensorError,
     zipfile.BadZipFile,
     ArithmeticError,
     AttributeError,
@@ -44,7 +48,7 @@ _DAMAGE = (
     tokenize.TokenError,
     zlib.error,
 )
-"""What zipfile and numpy throw at a file that is not what it says."""
+"""What zipfile, numpy and safetensors throw at a file that is not what it says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,23 +81,10 @@ def load_samples(path: Path, purpose: Purpose) -> Samples:
         InvalidLabels: Labels or targets are no whole numbers, one for each image.
     """
     wanted = {"images", "labels"} | ({"target"} if purpose is Purpose.TRIGGERED else set())
-    if not zipfile.is_zipfile(path):
-        raise InvalidSamples("The sample file is neither an .npz nor a zip of images.")
     try:
-        with zipfile.ZipFile(path) as zipped:
-            is_of_images = image_folders.are_in(zipped)
-        if is_of_images:
-            pixels, classes = load_folders(path)
-            return Samples(
-                images=_images(pixels), labels=_whole_numbers(classes, len(pixels)), targets=None
-            )
-        with zipfile.ZipFile(path) as zipped, np.load(path, allow_pickle=False) as archive:
-            names = [name for name in archive.files if ALIASES.get(name, name) in wanted]
-            arrays = {ALIASES.get(name, name): _read(archive, zipped, name) for name in names}
+        arrays = _arrays(path, wanted)
     except _DAMAGE as exc:
         raise InvalidSamples(f"The sample file cannot be read: {str(exc)[:200]}.") from exc
-    if len(arrays) != len(names):
-        raise InvalidSamples("The sample file holds an array under two names.")
     if "images" not in arrays:
         raise InvalidSamples
     images = _images(arrays["images"])
@@ -102,6 +93,42 @@ def load_samples(path: Path, purpose: Purpose) -> Samples:
         labels=_whole_numbers(arrays.get("labels"), len(images)),
         targets=_whole_numbers(arrays.get("target"), len(images), one_for_all=True),
     )
+
+
+def _arrays(path: Path, wanted: Collection[str]) -> dict[str, Array]:
+    """Read what is *wanted*, whichever file it is in."""
+    if is_safetensors(path):
+        with safetensors.safe_open(path, "pt") as file:
+            chosen = _chosen(file.keys(), wanted)
+            return {name: _in_numpy(file.get_tensor(its)) for name, its in chosen.items()}
+    if not zipfile.is_zipfile(path):
+        raise InvalidSamples("The sample file is none of .npz, .safetensors and a zip of images.")
+    with zipfile.ZipFile(path) as zipped:
+        if image_folders.are_in(zipped):
+            images, labels = load_folders(path)
+            return {"images": images, "labels": labels}
+        with np.load(path, allow_pickle=False) as archive:
+            chosen = _chosen(archive.files, wanted)
+            return {name: _read(archive, zipped, its) for name, its in chosen.items()}
+
+
+def _chosen(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
+    """Return what the file calls each of the arrays that are *wanted*."""
+    chosen: dict[str, str] = {}
+    for alias in names:
+        name = ALIASES.get(alias, alias)
+        if name in chosen:
+            raise InvalidSamples("The sample file holds an array under two names.")
+        if name in wanted:
+            chosen[name] = alias
+    return chosen
+
+
+def _in_numpy(tensor: Tensor) -> Array:
+    """Copy a tensor out of the mapped file; numpy has no bfloat16, and float32 holds its values."""
+    if tensor.dtype is torch.bfloat16:
+        return tensor.float().numpy()
+    return tensor.numpy().copy()
 
 
 def _read(archive: np.lib.npyio.NpzFile, zipped: zipfile.ZipFile, name: str) -> Array:

@@ -63,7 +63,8 @@ def inspect(archive: zipfile.ZipFile, purpose: Purpose, *, max_bytes: int) -> Sa
     if purpose is Purpose.TRIGGERED:
         raise InvalidLabels(
             "A zip of images cannot tell the target of the attack.",
-            hint="Send triggered images as np.savez(…, images=…, labels=…, target=0).",
+            hint="Send triggered images as arrays: np.savez(…, images=…, labels=…, target=0), or "
+            'save_file({"images": …, "labels": …, "target": torch.tensor(0)}, …).',
         )
     listing = listed(archive)
     first: tuple[int, int] | None = None

@@ -1,5 +1,5 @@
 """
-The safetensors format: a length, a JSON header, then the tensors' bytes.
+The safetensors format: a length, a JSON header, then the tensors' bytes; a model's, or samples.
 
 Source: the format's specification; the limits on the header are ours.
 """
@@ -8,15 +8,22 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from common.errors import DamagedFile, UnsupportedFormat
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import DamagedFile, InvalidSamples, UnsupportedFormat
+from common.formats.arrays import Array, Opener, read_values
 from common.formats.model import (
     ITEM_BYTES,
     ModelFile,
     ModelFormat,
     TensorInfo,
+    check_names,
     contiguous_stride,
     find_state_dict,
 )
@@ -37,7 +44,7 @@ MAX_DEPTH = 3
 """Lists and objects inside each other: the header, a tensor, its shape."""
 
 MAX_ELEMENTS = 1 << 40
-"""Any number in the header, so that products of shapes stay small numbers."""
+"""Any number in the header, and any product of sides, so that all of them stay small numbers."""
 
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}"-]', re.DOTALL)
 _CHUNK_BYTES = 1 << 20
@@ -53,11 +60,40 @@ _DTYPES: Mapping[str, str] = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+"""The types of a state dict's tensors."""
+
+_SAMPLE_DTYPES: Mapping[str, str] = {
+    **_DTYPES,
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+}
+"""Those of samples, and of what lies beside them: all that the library has known since 0.5."""
+
+_ITEM_BYTES: Mapping[str, int] = {
+    **ITEM_BYTES,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "float8_e5m2": 1,
+    "float8_e4m3fn": 1,
+}
+
+_READ_AS: Mapping[str, str] = {"bfloat16": "float32", "float8_e5m2": "V1", "float8_e4m3fn": "V1"}
+"""What stands for a type that numpy lacks; images of bytes without a meaning are refused."""
 
 
 def looks_like(head: bytes) -> bool:
     """Return whether a file that starts with *head* means to be safetensors."""
     return len(head) > 8 and head[8:9] == b"{"
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file means to be safetensors, whole or not."""
+    with path.open("rb") as file:
+        return looks_like(file.read(9))
 
 
 def inspect(path: Path) -> ModelFile:
@@ -98,7 +134,49 @@ def tensor_positions(path: Path) -> dict[str, int]:
     return {name: start + begin for name, (_, (begin, _end)) in described.items()}
 
 
-def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, tuple[int, int]]], int]:
+def arrays_in(path: Path) -> list[tuple[str, Opener]]:
+    """
+    Return the name of every array of a sample file, and how it is opened.
+
+    Raises:
+        DamagedFile: Header and file do not agree.
+        InvalidSamples: The header holds more than samples need, or other types.
+    """
+    try:
+        described, start = _read_header(path, _SAMPLE_DTYPES)
+        check_names(described)
+    except UnsupportedFormat as exc:
+        raise InvalidSamples(exc.detail) from exc
+    return [
+        (name, partial(_opened, path, info, start + begin))
+        for name, (info, (begin, _)) in described.items()
+    ]
+
+
+@contextmanager
+def _opened(path: Path, info: TensorInfo, position: int) -> Iterator[Array]:
+    with path.open("rb") as file:
+        file.seek(position)
+        yield Array(
+            shape=info.shape,
+            type=info.dtype,
+            dtype=np.dtype(_READ_AS.get(info.dtype, info.dtype)),
+            chunks=_values(file, info),
+        )
+
+
+def _values(file: IO[bytes], info: TensorInfo) -> Iterator[npt.NDArray[Any]]:
+    nbytes = math.prod(info.shape) * _ITEM_BYTES[info.dtype]
+    if info.dtype != "bfloat16":
+        yield from read_values(file, np.dtype(info.dtype).newbyteorder("<"), nbytes)
+        return
+    for halves in read_values(file, np.dtype("<u2"), nbytes):  # each is the upper half of a float32
+        yield (halves.astype(np.uint32) << 16).view(np.float32)
+
+
+def _read_header(
+    path: Path, dtypes: Mapping[str, str] = _DTYPES
+) -> tuple[dict[str, tuple[TensorInfo, tuple[int, int]]], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -111,7 +189,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, tuple[int, int
         text = header.decode()
         _check_nesting(text)
         entries = json.loads(text, object_pairs_hook=_unique)
-        described = _describe(entries)
+        described = _describe(entries, dtypes)
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise DamagedFile(f"The header is damaged: {exc}.") from exc
     _check_layout([span for _, span in described.values()], size - 8 - length)
@@ -140,7 +218,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _describe(entries: Any) -> dict[str, tuple[TensorInfo, tuple[int, int]]]:
+def _describe(
+    entries: Any, dtypes: Mapping[str, str]
+) -> dict[str, tuple[TensorInfo, tuple[int, int]]]:
     if not isinstance(entries, dict):
         raise TypeError("not an object")
     metadata = entries.pop("__metadata__", {})
@@ -150,18 +230,20 @@ def _describe(entries: Any) -> dict[str, tuple[TensorInfo, tuple[int, int]]]:
         text.encode()  # half a surrogate pair is no text to the library
     if len(entries) > MAX_TENSORS:
         raise UnsupportedFormat(f"The file holds more than {MAX_TENSORS} tensors.")
-    return {name: _describe_one(name, entry) for name, entry in entries.items()}
+    return {name: _describe_one(name, entry, dtypes) for name, entry in entries.items()}
 
 
-def _describe_one(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+def _describe_one(
+    name: str, entry: Any, dtypes: Mapping[str, str]
+) -> tuple[TensorInfo, tuple[int, int]]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise TypeError(f"{name!r} is not described by type, shape and offsets")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in dtypes:
         raise UnsupportedFormat(
-            f"{name!r} is of a type that is not taken; there are {', '.join(_DTYPES)}.",
+            f"{name!r} is of a type that is not taken; there are {', '.join(dtypes)}.",
             hint="Convert it where the model was built, such as with .float(), and save again.",
         )
-    dtype = _DTYPES[entry["dtype"]]
+    dtype = dtypes[entry["dtype"]]
     shape = entry["shape"]
     begin, end = entry["data_offsets"]
     if not isinstance(shape, list):
@@ -170,7 +252,10 @@ def _describe_one(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
         raise UnsupportedFormat(f"{name!r} has more than {MAX_RANK} dimensions.")
     if any(type(n) is not int or not 0 <= n <= MAX_ELEMENTS for n in (*shape, begin, end)):
         raise ValueError(f"{name!r} has an impossible shape or place")
-    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+    # The library multiplies from the left, and overflows before it comes to a side of 0.
+    if math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
+        raise ValueError(f"{name!r} has an impossible shape")
+    if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
         raise ValueError(f"{name!r} is not as long as its shape says")
     info = TensorInfo(
         shape=tuple(shape),

@@ -1,9 +1,10 @@
 """
 Tell what a sample file holds, and check every value in it, in bounded memory.
 
-A sample file is an ``.npz`` with ``images`` (uint8 NHWC, or float NCHW in [0, 1]), ``labels`` (whole
-numbers) and, for triggered samples, ``target`` (``npz``), or a zip of class folders of PNG and JPEG
-(``image_folders``). Declared sizes are added up before anything is unpacked.
+A sample file is an ``.npz`` (``npz``) or a ``.safetensors`` (``safetensors``) with ``images`` (uint8
+NHWC, or float NCHW in [0, 1]), ``labels`` (whole numbers) and, for triggered samples, ``target``
+(``arrays``), or a zip of class folders of PNG and JPEG (``image_folders``). Declared sizes are added up
+before anything is unpacked.
 """
 
 import struct
@@ -32,7 +33,7 @@ MAX_IMAGES = 1_000_000
 """Images in a file, so that labels, which are held as a whole, take little memory."""
 
 MAX_MEMBERS = 50_000
-"""Files in a zip of images; a larger set is better sent as an .npz."""
+"""Files in a zip of images; a larger set is better sent as arrays."""
 
 MAX_RATIO = 200
 """How many times its size a large file may unpack to; deflate reaches a thousand, photographs two."""
@@ -85,18 +86,29 @@ def inspect_samples(path: Path, purpose: Purpose, *, max_bytes: int) -> SampleFi
     Raises:
         Refused: It is no such file; the class says why.
     """
-    from common.formats import image_folders, npz  # noqa: PLC0415 - they use this module's types
+    from common.formats import (  # noqa: PLC0415 - they use this module's types
+        arrays,
+        image_folders,
+        npz,
+        safetensors,
+    )
 
     if not path.stat().st_size:
         raise EmptyFile(f"The {purpose} file is empty.")
+    if safetensors.is_safetensors(path):  # first: the length of its header may read PK
+        if path.stat().st_size > max_bytes:
+            raise TooLarge(f"The {purpose} file is larger than {max_bytes} bytes.")
+        return arrays.inspect(safetensors.arrays_in(path), purpose)
     if not is_zip(path):
-        raise InvalidSamples(f"The {purpose} file is neither an .npz nor a zip of images.")
+        raise InvalidSamples(
+            f"The {purpose} file is none of .npz, .safetensors and a zip of images."
+        )
     try:
         with opened_samples(path) as archive:
             _check_sizes(archive.infolist(), purpose, max_bytes)
             if image_folders.are_in(archive):
                 return image_folders.inspect(archive, purpose, max_bytes=max_bytes)
-            return npz.inspect(archive, purpose)
+            return arrays.inspect(npz.arrays_in(archive), purpose)
     except Refused:
         raise
     except (

@@ -33,6 +33,7 @@ def test_every_seed_keeps_the_laws_and_both_answers_occur(name: str) -> None:
         ("safetensors", "check_finite"),
         ("safetensors_header", "inspect_model"),
         ("samples", "inspect_samples"),
+        ("samples_header", "inspect_samples"),
         ("npy", "inspect_samples"),
     ],
 )

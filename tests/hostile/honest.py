@@ -95,6 +95,16 @@ SAMPLES: Mapping[str, tuple[str, Callable[[], bytes]]] = {
     "labels of a byte": (".npz", lambda: forms.samples_npz(labels=forms.labels().astype(np.uint8))),
     "aliases": (".npz", lambda: forms.npz(x=forms.images(), y=forms.labels())),
     "another array beside": (".npz", lambda: forms.samples_npz(names=np.array(["a", "b"]))),
+    "tensors": (".safetensors", lambda: safetensors.torch.save(
+        {"images": torch.from_numpy(forms.float_images()), "labels": torch.from_numpy(forms.labels())})),
+    "tensors in bfloat16": (".safetensors", lambda: safetensors.torch.save(
+        {"x": torch.from_numpy(forms.float_images()).bfloat16(), "y": torch.arange(forms.CLASSES)},
+        metadata={"format": "pt"})),
+    "bytes in safetensors": (
+        ".safetensors", lambda: forms.in_safetensors(images=forms.images(), labels=forms.labels())),
+    "another tensor beside": (".safetensors", lambda: safetensors.torch.save(
+        {"images": torch.from_numpy(forms.images()), "labels": torch.arange(forms.CLASSES).byte(),
+         "embedding": torch.ones(3).to(torch.float8_e5m2)})),
     "folders of PNG": (".zip", lambda: folders("PNG")),
     "folders of JPEG": (".zip", lambda: folders("JPEG")),
     "folders in a folder": (".zip", lambda: folders("PNG", "clean/")),

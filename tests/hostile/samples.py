@@ -1,4 +1,4 @@
-"""Sample files that lie: arrays, and pictures in class folders."""
+"""Sample files that lie: arrays, the same as tensors, and pictures in class folders."""
 
 import io
 import struct
@@ -12,10 +12,12 @@ from tests.hostile_files import (
     Family,
     Field,
     HostileFile,
+    entry,
     npy,
     npy_header,
     npz,
     pickled,
+    safetensors_file,
     zip_of_zeros_deflated,
     zip_with_a_huge_directory,
 )
@@ -24,11 +26,19 @@ PIXELS = npy(npy_header((4, 8, 8, 1)), bytes(256))
 INVALID = frozenset({"invalid-samples"})
 DAMAGED = frozenset({"damaged-file"})
 IMAGES = frozenset({"invalid-images"})
+LABELS = frozenset({"invalid-labels"})
+OUT_OF_RANGE = frozenset({"images-out-of-range"})
 
 
 def images(content: bytes) -> bytes:
     """Return an .npz whose images are *content*."""
     return npz({"images": content})
+
+
+def tensors(*more: bytes, **entries: object) -> bytes:
+    """Return a .safetensors of four images (1, 8, 8) with other *entries*, and bytes for them."""
+    header = {"images": entry("U8", [4, 8, 8, 1], 0, 256)} | entries
+    return safetensors_file(header, bytes(256) + b"".join(more))
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -121,7 +131,59 @@ ARRAYS: Mapping[str, tuple[Callable[[], bytes], frozenset[str]]] = {
     "bytes after the end": (lambda: images(PIXELS) + b"more", frozenset({"unsafe-zip"})),
     "a NaN": (
         lambda: images(npy(npy_header((4, 1, 8, 8), "<f4"), struct.pack("<256f", *[float("nan")] * 256))),
-        frozenset({"images-out-of-range"})),
+        OUT_OF_RANGE),
+}  # fmt: skip
+
+IN_SAFETENSORS: Mapping[str, tuple[Callable[[], bytes], frozenset[str]]] = {
+    "images of exabytes": (
+        lambda: tensors(images=entry("U8", [1 << 60, 8, 8, 1], 0, 256)), DAMAGED),
+    "images of a product that wraps around": (
+        lambda: safetensors_file({"images": entry("F32", [1 << 32, 1 << 32, 1, 1], 0, 0)}), DAMAGED),
+    "images that overflow before their 0": (
+        lambda: safetensors_file({"images": entry("U8", [1 << 40, 1 << 40, 0, 1], 0, 0)}), DAMAGED),
+    "a trillion images of no bytes": (
+        lambda: safetensors_file({"images": entry("U8", [1 << 40, 0, 0, 0], 0, 0)}),
+        frozenset({"too-large"})),
+    "labels that overlap the images": (
+        lambda: tensors(labels=entry("U8", [4], 252, 256)), DAMAGED),
+    "labels that are the images": (
+        lambda: tensors(labels=entry("U8", [4, 8, 8, 1], 0, 256)), DAMAGED),
+    "labels behind a gap": (
+        lambda: tensors(bytes(8), labels=entry("U8", [4], 260, 264)), DAMAGED),
+    "labels past the end": (lambda: tensors(bytes(3), labels=entry("U8", [4], 256, 260)), DAMAGED),
+    "a pickle behind the images": (lambda: tensors(b"cos\nsystem\n."), DAMAGED),
+    "an .npz behind half a header": (lambda: safetensors_file(b"{", images(PIXELS)), DAMAGED),
+    "an .npz behind the images": (lambda: tensors(images(PIXELS)), DAMAGED),
+    "images by an alias too": (lambda: tensors(bytes(4), x=entry("U8", [4], 256, 260)), INVALID),
+    "images by an escape too": (
+        lambda: safetensors_file(
+            b'{"images":{"dtype":"U8","shape":[4,8,8,1],"data_offsets":[0,256]},'
+            b'"\\u0069mages":{"dtype":"U8","shape":[4,8,8,1],"data_offsets":[256,512]}}',
+            bytes(512)), DAMAGED),
+    "images in the metadata alone": (
+        lambda: safetensors_file({"__metadata__": {"images": "[[[[0]]]]"}}), INVALID),
+    "a thousand tensors and no images": (
+        lambda: safetensors_file({f"{n:x}": entry("U8", [0], 0, 0) for n in range(1000)}), INVALID),
+    "a name of half a surrogate pair beside": (
+        lambda: tensors(bytes(1), **{"\ud800": entry("U8", [1], 256, 257)}), INVALID),
+    "images of an unknown type": (
+        lambda: tensors(images=entry("OBJ", [4, 8, 8, 1], 0, 256)), INVALID),
+    "images of eight bits with a point": (
+        lambda: tensors(images=entry("F8_E4M3", [4, 1, 8, 8], 0, 256)), IMAGES),
+    "images whose sides are turned": (
+        lambda: tensors(images=entry("U8", [8, 8, 4], 0, 256)), IMAGES),
+    "a NaN in bfloat16": (
+        lambda: safetensors_file({"images": entry("BF16", [4, 1, 8, 8], 0, 512)},
+                                 bytes(510) + b"\xc0\x7f"), OUT_OF_RANGE),
+    "the least below zero": (
+        lambda: safetensors_file({"images": entry("F32", [4, 1, 8, 8], 0, 1024)},
+                                 bytes(1020) + b"\x01\0\0\x80"), OUT_OF_RANGE),
+    "a label above all integers": (
+        lambda: tensors(b"\xff" * 32, labels=entry("U64", [4], 256, 288)), LABELS),
+    "labels that are truths": (
+        lambda: tensors(bytes(4), labels=entry("BOOL", [4], 256, 260)), LABELS),
+    "one label for four images": (
+        lambda: tensors(bytes(8), labels=entry("I64", [], 256, 264)), LABELS),
 }  # fmt: skip
 
 PICTURES: Mapping[str, tuple[Callable[[], bytes], frozenset[str]]] = {
@@ -149,7 +211,7 @@ PICTURES: Mapping[str, tuple[Callable[[], bytes], frozenset[str]]] = {
     "a path upwards": (
         lambda: folders(HONEST_PNG, **{"../e/1.png": HONEST_PNG}), frozenset({"unsafe-zip"})),
     "classes that are deep": (
-        lambda: folders(HONEST_PNG, **{"classes.json": b"[" * 100_000}), frozenset({"invalid-labels"})),
+        lambda: folders(HONEST_PNG, **{"classes.json": b"[" * 100_000}), LABELS),
     "classes outside the model's": (
         lambda: folders(HONEST_PNG, **{"classes.json": b'{"a":0,"b":1,"c":2,"d":4000}'}),
         frozenset({"class-count-mismatch"})),
@@ -181,7 +243,11 @@ def bare_pickle(canary: Path) -> bytes:
 
 def files() -> list[HostileFile]:
     """Return arrays and pictures, by turns as samples and as evaluation."""
-    tables = ((Family.NUMPY, ".npz", ARRAYS), (Family.IMAGES, ".zip", PICTURES))
+    tables = (
+        (Family.NUMPY, ".npz", ARRAYS),
+        (Family.SAFETENSORS, ".safetensors", IN_SAFETENSORS),
+        (Family.IMAGES, ".zip", PICTURES),
+    )
     found = [
         HostileFile(
             name=name,

@@ -108,6 +108,8 @@ IN_SAFETENSORS: Mapping[str, tuple[Callable[[], bytes], frozenset[str]]] = {
         lambda: safetensors_file({"w": entry("F32", [1 << 60] * 4, 0, 8)}, bytes(8)), DAMAGED),
     "a shape whose product wraps around": (
         lambda: safetensors_file({"w": entry("F32", [1 << 32, 1 << 32], 0, 0)}), DAMAGED),
+    "a shape that overflows before its 0": (
+        lambda: safetensors_file({"w": entry("F32", [1 << 40, 1 << 40, 0], 0, 0)}), DAMAGED),
     "a negative shape": (
         lambda: safetensors_file({"w": entry("F32", [-1, -2], 0, 8)}, bytes(8)), DAMAGED),
     "offsets turned around": (

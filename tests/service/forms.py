@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 import safetensors.torch
 import torch
 from torch import nn
@@ -96,6 +97,12 @@ def samples_npz(**changes: Any) -> bytes:
     """Return honest samples, one per class; a change of ``None`` leaves an array out."""
     arrays = {"images": images(), "labels": labels()} | changes
     return npz(**{name: array for name, array in arrays.items() if array is not None})
+
+
+def in_safetensors(**arrays: Any) -> bytes:
+    """Return a .safetensors of *arrays*."""
+    rows = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    return safetensors.numpy.save(rows)
 
 
 # Forms ---------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from tests.service.forms import (
     encoded,
     float_images,
     images,
+    in_safetensors,
     labels,
     model_pt,
     model_safetensors,
@@ -436,6 +437,19 @@ SAMPLES = [
          hints=("np.savez",)),
     Case("samples are a bare .npy", lambda: {"samples": bare_npy()}, "invalid-samples"),
     Case("samples are the model", lambda: {"samples": model_pt()}, "invalid-samples"),
+    Case("samples are a model in safetensors", lambda: {"samples": model_safetensors()},
+         "invalid-samples", hints=("save_file",)),
+    Case("safetensors of bytes in float order",
+         lambda: {"samples": in_safetensors(images=images().transpose(0, 3, 1, 2))},
+         "invalid-images", says=("8 channels",), hints=("images / 255",)),
+    Case("safetensors cut short", lambda: {"samples": in_safetensors(images=images())[:-1]},
+         "damaged-file"),
+    Case("triggered safetensors without a target",
+         lambda: {"triggered": in_safetensors(images=images(), labels=labels())}, "invalid-labels",
+         says=("triggered", "'target'"), hints=("save_file",)),
+    Case("safetensors of labels beyond the head",
+         lambda: {"evaluation": in_safetensors(images=images(), labels=labels() + 1)},
+         "class-count-mismatch", says=("evaluation", "label 4")),
     *(
         Case(f"samples cut to {part}", changed(samples=samples_npz()[:part]), "damaged-file")
         for part in (10, 200, -30, -1)
@@ -737,6 +751,10 @@ def test_half_stored_job_gets_507(start: Start) -> None:
         {"samples": samples_npz(labels=None)},
         {"samples": npz(x=images(), y=labels())},
         {"samples": samples_npz(images=float_images())},
+        {
+            name: in_safetensors(images=float_images(), labels=labels(), target=np.array(0))
+            for name in ("samples", "evaluation", "triggered")
+        },
         {"architecture": None},
         {"model": model_safetensors()},
         {"model": saved({"state_dict": state_dict(), "epoch": 3})},

@@ -11,6 +11,7 @@ from common.errors import InternalError
 from common.formats.model import ModelFormat
 from common.formats.samples import Purpose
 from common.spec import JobSpec, ModelInput, SamplesInput
+from tests.service.forms import in_safetensors
 from tests.support.inputs import CLASSES, npz, samples, saved
 from worker import containers
 from worker.conversion import Uploads, convert, load
@@ -68,12 +69,16 @@ def test_one_tensor_of_two_names_stays_one(tmp_path: Path) -> None:
     assert not found.tensors["z"].any()
 
 
-@pytest.mark.parametrize("kind", ["bytes", "fractions"])
+@pytest.mark.parametrize("kind", ["bytes", "fractions", "tensors"])
 def test_images_come_back_as_they_were(tmp_path: Path, kind: str) -> None:
     """Whole grey levels and fractions are both kept to the bit."""
     images = np.random.default_rng(0).random((20, 3, 8, 8), dtype=np.float32)
     labels = np.arange(20) % CLASSES
-    given = samples() if kind == "bytes" else npz(images=images, labels=labels)
+    given = {
+        "bytes": samples(),
+        "fractions": npz(images=images, labels=labels),
+        "tensors": in_safetensors(images=images, labels=labels),
+    }[kind]
     folder = _converted(tmp_path, images=given)
     found = load(folder, SPEC).samples
     expected = load_samples(tmp_path / "samples", Purpose.SAMPLES)

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
+from safetensors.torch import save
 
 from common.errors import (
     ImagesOutOfRange,
@@ -74,6 +76,109 @@ def test_targets_are_read_where_they_are_used(tmp_path: Path) -> None:
     assert load_samples(tmp_path / "samples", Purpose.SAMPLES).targets is None
     with pytest.raises(InvalidLabels):
         load_samples(tmp_path / "samples", Purpose.TRIGGERED)
+
+
+# The same arrays in safetensors ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("purpose", Purpose)
+@pytest.mark.parametrize("images", [BYTES, FLOATS + 0.3, FLOATS + 1 / 3, FLOATS.astype("f2")])
+@pytest.mark.parametrize("target", [1, [1, 0]])
+def test_safetensors_and_npz_load_alike(
+    tmp_path: Path, purpose: Purpose, images: np.ndarray, target: Any
+) -> None:
+    """The same arrays are the same samples in either file."""
+    arrays = {"images": images, "labels": LABELS, "target": np.array(target)}
+    (tmp_path / "npz").write_bytes(npz(**arrays))
+    (tmp_path / "safetensors").write_bytes(safetensors.numpy.save(arrays))
+    first, second = (load_samples(tmp_path / name, purpose) for name in ("npz", "safetensors"))
+    assert (first.targets is None) == (purpose is not Purpose.TRIGGERED)
+    for one, other in zip(vars(first).values(), vars(second).values(), strict=True):
+        if one is None:
+            assert other is None
+        else:
+            assert torch.equal(one, other)
+            assert one.dtype == other.dtype
+            assert other.is_contiguous()
+
+
+def test_bfloat16_is_exact(tmp_path: Path) -> None:
+    """Images in bfloat16, which numpy does not know, keep every bit."""
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = loaded(tmp_path, save({"x": images, "y": torch.arange(2)}))
+    assert torch.equal(found.images, images.float())
+    assert found.labels is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.int8])
+def test_labels_of_every_whole_type_of_torch_load(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Labels may be of the types that torch has for little else."""
+    found = loaded(
+        tmp_path, save({"images": torch.zeros(2, 1, 4, 4), "labels": torch.arange(2).to(dtype)})
+    )
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 1]
+
+
+def test_samples_outlive_their_file(tmp_path: Path) -> None:
+    """The library maps a file into memory; what is loaded does not change with it."""
+    found = loaded(tmp_path, save({"images": torch.full((2, 3, 4, 4), 0.5)}))
+    with (tmp_path / "samples").open("r+b") as file:
+        file.write(bytes((tmp_path / "samples").stat().st_size))
+    assert bool((found.images == 0.5).all())
+
+
+def test_other_tensors_are_never_read(tmp_path: Path) -> None:
+    """A tensor of another name may be of a type that numpy cannot hold."""
+    others = torch.zeros(3, dtype=torch.float8_e5m2)
+    assert len(loaded(tmp_path, save({"images": torch.zeros(2, 3, 4, 4), "z": others})).images) == 2
+
+
+def _images_of(dtype: str, shape: list[int], data: bytes = b"") -> bytes:
+    return hostile.safetensors_file({"images": hostile.entry(dtype, shape, 0, len(data))}, data)
+
+
+BAD_SAFETENSORS: dict[str, tuple[Callable[[], bytes], type[Refused]]] = {
+    "half a file": (lambda: save({"images": torch.zeros(2, 3, 4, 4)})[:200], InvalidSamples),
+    "a header of exabytes": (
+        lambda: hostile.safetensors_file({"a": 1}, length=1 << 62), InvalidSamples),
+    "no JSON": (lambda: hostile.safetensors_file(b"{" * 100), InvalidSamples),
+    "no images": (lambda: save({"labels": torch.arange(2)}), InvalidSamples),
+    "images under two names": (
+        lambda: save({"images": torch.zeros(2, 3, 4, 4), "x": torch.ones(1)}), InvalidSamples),
+    "a terabyte": (lambda: _images_of("F32", [1 << 30, 1, 16, 16], bytes(8)), InvalidSamples),
+    "a product that wraps": (lambda: _images_of("F32", [1 << 32, 1 << 32, 1, 1]), InvalidSamples),
+    "sides that overflow": (lambda: _images_of("F32", [0, 1 << 40, 1 << 40, 1]), InvalidSamples),
+    "an unknown type": (lambda: _images_of("OBJ", [1, 1, 1, 1], bytes(1)), InvalidSamples),
+    "a type of a byte": (lambda: _images_of("F8_E4M3", [1, 1, 1, 1], bytes(1)), InvalidSamples),
+    "three sides": (lambda: _images_of("U8", [1, 1, 1], bytes(1)), InvalidImages),
+    "no height": (lambda: _images_of("U8", [1, 0, 1, 1]), InvalidImages),
+    "no image": (lambda: _images_of("U8", [0, 1, 1, 1]), NoSamples),
+    "whole numbers": (lambda: save({"images": torch.zeros(2, 3, 4, 4).int()}), InvalidImages),
+    "a NaN": (lambda: save({"images": torch.full((2, 3, 4, 4), torch.nan)}), ImagesOutOfRange),
+    "a NaN in bfloat16": (
+        lambda: save({"images": torch.full((2, 3, 4, 4), torch.nan).bfloat16()}), ImagesOutOfRange),
+    "above 1": (lambda: save({"images": torch.full((2, 3, 4, 4), 2.0)}), ImagesOutOfRange),
+    "too few labels": (
+        lambda: save({"images": torch.zeros(2, 3, 4, 4), "labels": torch.arange(1)}), InvalidLabels),
+    "fractions for labels": (
+        lambda: save({"images": torch.zeros(2, 3, 4, 4), "labels": torch.zeros(2).bfloat16()}),
+        InvalidLabels),
+    "a negative target": (
+        lambda: save({"images": torch.zeros(2, 3, 4, 4), "target": torch.tensor(-1)}), InvalidLabels),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_SAFETENSORS)
+def test_bad_safetensors_is_refused_without_the_gate(tmp_path: Path, bad: str) -> None:
+    """The library is held to what the gate promises, and what it throws is a refusal."""
+    build, problem = BAD_SAFETENSORS[bad]
+    with pytest.raises(problem) as caught:
+        loaded(tmp_path, build())
+    assert caught.value.hint
+
+
+# Without the gate -----------------------------------------------------------------------------------
 
 
 def _image(header: str, data: bytes = b"", **options: Any) -> bytes:

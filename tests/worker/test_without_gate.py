@@ -17,7 +17,7 @@ import pytest
 
 from common.formats.model import ModelFormat
 from common.spec import JobSpec, ModelInput, SamplesInput
-from tests.hostile_files import Field, HostileFile, hostile_files
+from tests.hostile_files import Field, HostileFile, honest_files, hostile_files
 from tests.service.forms import CHANNELS, CLASSES, SIDE, parts
 from tests.support.jail import LIMITS, needs
 from tests.support.unpickler import PLAIN_UNPICKLER
@@ -132,7 +132,7 @@ def read_all(converter: Converter, files: Iterable[HostileFile], canary: Path) -
     before = converter.resident_bytes
     found = {}
     for file in files:
-        is_safetensors = file.suffix == ".safetensors"
+        is_safetensors = file.field is Field.MODEL and file.suffix == ".safetensors"
         model_format = ModelFormat.SAFETENSORS if is_safetensors else ModelFormat.TORCH
         answer = converter.read(file.field, file.build(canary), model_format=model_format)
         found[str(file)] = "taken" if answer is None else answer
@@ -160,6 +160,14 @@ def test_nothing_gets_past_the_loaders_in_the_jail(
     assert surprises(found) == []
     code = [str(file) for file in HOSTILE if file.carries_code]
     assert {name for name in code if found[name] == "taken"} == set()
+
+
+def test_honest_files_are_read_in_the_jail(
+    tmp_path: Path, start: Callable[[frozenset[Layer]], Converter]
+) -> None:
+    """No wall keeps a loader from what it is there for."""
+    found = read_all(start(LAYERS), honest_files(), tmp_path / "canary")
+    assert {name for name, answer in found.items() if answer != "taken"} == set()
 
 
 def test_nothing_gets_past_the_loaders_alone(

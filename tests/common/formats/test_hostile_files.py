@@ -93,21 +93,24 @@ def test_code_in_hostile_files_is_live(tmp_path: Path) -> None:
 
 def test_gate_needs_no_torch(tmp_path: Path) -> None:
     """The gate reads a model and samples without torch, safetensors or Pillow ever being imported."""
-    model = tmp_path / "model.pt"
-    model.write_bytes(HONEST[0].build(tmp_path))
-    samples = tmp_path / "clean.zip"
-    samples.write_bytes(next(f for f in HONEST if f.suffix == ".zip").build(tmp_path))
+    paths = [tmp_path / "model.pt"]
+    paths[0].write_bytes(HONEST[0].build(tmp_path))
+    for suffix in (".npz", ".zip", ".safetensors"):
+        honest = next(f for f in HONEST if f.suffix == suffix and f.field is not Field.MODEL)
+        paths.append(tmp_path / f"clean{suffix}")
+        paths[-1].write_bytes(honest.build(tmp_path))
     script = (
         "import json, sys\nfrom pathlib import Path\n"
         "from common.formats.model import check_finite, inspect_model\n"
         "from common.formats.samples import Purpose, inspect_samples\n"
-        "model, samples = map(Path, sys.argv[1:])\n"
+        "model, *samples = map(Path, sys.argv[1:])\n"
         "check_finite(model, inspect_model(model))\n"
-        "inspect_samples(samples, Purpose.SAMPLES, max_bytes=1 << 20)\n"
+        "for path in samples:\n"
+        "    inspect_samples(path, Purpose.SAMPLES, max_bytes=1 << 20)\n"
         "print(json.dumps(sorted({'torch', 'safetensors', 'PIL'} & set(sys.modules))))\n"
     )
     found = subprocess.run(
-        [sys.executable, "-c", script, str(model), str(samples)],
+        [sys.executable, "-c", script, *map(str, paths)],
         check=True,
         capture_output=True,
         text=True,

@@ -1,6 +1,7 @@
 """The gate against the loaders behind it: what it takes they load, to the same, running nothing."""
 
 import io
+import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from common.formats.model import ModelFile, check_finite, inspect_model
 from common.formats.safetensors import MAX_RANK
 from common.formats.samples import Purpose, inspect_samples
 from tests.common.formats.test_torch_zip import DTYPES
-from tests.hostile_files import safetensors_file
+from tests.hostile_files import entry, safetensors_file
 from worker.samples import load_samples
 
 FEW = settings(
@@ -299,23 +300,24 @@ NPZ = tuple(npz_bytes())
 ARRAY = zipfile.ZipFile(io.BytesIO(NPZ[0])).read("images.npy")
 
 
-def check_against_numpy(content: bytes, path: Path) -> None:
-    """Load without pickle what the gate takes, and compare."""
+def check_against_loader(content: bytes, path: Path) -> bool:
+    """Load what the gate takes, if it does, and compare."""
     written(content, path)
     try:
         found = inspect_samples(path, Purpose.SAMPLES, max_bytes=1 << 20)
     except Refused:
-        return
+        return False
     loaded = load_samples(path, Purpose.SAMPLES)
     assert tuple(loaded.images.shape) == (found.count, *found.image_shape)
     assert found.labels == (None if loaded.labels is None else tuple(loaded.labels.tolist()))
+    return True
 
 
 @settings(FEW, max_examples=300)
 @given(content=st.sampled_from(NPZ).flatmap(edits))
 def test_changed_npz_is_refused_or_loaded_alike(tmp_path: Path, content: bytes) -> None:
     """A changed file that passes the gate is one that numpy loads to the same shapes and labels."""
-    check_against_numpy(content, tmp_path / "s.npz")
+    check_against_loader(content, tmp_path / "s.npz")
 
 
 @settings(FEW, max_examples=400)
@@ -325,7 +327,95 @@ def test_changed_array_is_refused_or_loaded_alike(tmp_path: Path, array: bytes) 
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("images.npy", array)
-    check_against_numpy(buffer.getvalue(), tmp_path / "s.npz")
+    check_against_loader(buffer.getvalue(), tmp_path / "s.npz")
+
+
+# samples in safetensors ------------------------------------------------------------------------------
+
+SAMPLES = safetensors.torch.save(
+    {
+        "images": torch.arange(24).reshape(2, 2, 2, 3).byte(),
+        "labels": torch.tensor([0, 1]),
+        "z": torch.ones(2).bfloat16(),
+    },
+    metadata={"a": "b"},
+)
+BYTES_OF = {
+    "U8": 1,
+    "F16": 2,
+    "BF16": 2,
+    "F32": 4,
+    "F64": 8,
+    "I8": 1,
+    "U16": 2,
+    "U64": 8,
+    "F8_E5M2": 1,
+}
+
+
+@st.composite
+def sample_files(draw: st.DrawFn) -> bytes:
+    """Draw a file of zeros whose header has arrays of any types and shapes, one behind the other."""
+    others = st.lists(st.sampled_from(["x", "labels", "y", "target", "z"]), unique=True, max_size=3)
+    header, position = {}, 0
+    for name in ("images", *draw(others)):
+        dtype = draw(st.sampled_from(list(BYTES_OF)))
+        shape = draw(
+            st.sampled_from([[2, 1, 1, 2], [1, 1, 1, 1], [0, 1, 1, 1], [1 << 40, 1 << 40, 0, 1]])
+            if name == "images"
+            else st.sampled_from([[2], [1], [], [0, 1 << 40], [1 << 40, 1 << 40, 0]])
+        )
+        end = position + math.prod(shape) * BYTES_OF[dtype]
+        header[name] = entry(dtype, shape, position, end)
+        position = end
+    return safetensors_file(header, bytes(position))
+
+
+@FEW
+@given(
+    images=hnp.arrays(
+        np.float32, st.tuples(*[st.integers(1, 4)] * 4), elements=st.floats(0, 1, width=32)
+    ),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    whole=st.sampled_from([torch.uint8, torch.int8, torch.int32, torch.int64, torch.uint16]),
+    purpose=st.sampled_from(Purpose),
+)
+def test_samples_that_torch_saves_are_taken_and_loaded_exactly(
+    tmp_path: Path, images: Any, dtype: torch.dtype, whole: torch.dtype, purpose: Purpose
+) -> None:
+    """``load(save_file(images, labels, target))`` gives every value back, for every purpose."""
+    tensors = {
+        "images": torch.from_numpy(images).to(dtype),
+        "labels": torch.arange(len(images)).to(whole),
+        "target": torch.tensor(1).to(whole),
+    }
+    path = written(safetensors.torch.save(tensors), tmp_path / "s.safetensors")
+    found = inspect_samples(path, purpose, max_bytes=1 << 20)
+    loaded = load_samples(path, purpose)
+    assert (found.count, *found.image_shape) == images.shape
+    assert torch.equal(loaded.images, tensors["images"].float())
+    assert loaded.labels is not None
+    assert found.labels == tuple(loaded.labels.tolist()) == tuple(range(len(images)))
+    targets = None if loaded.targets is None else tuple(loaded.targets.tolist())
+    assert found.targets == targets == ((1,) * len(images) if purpose == "triggered" else None)
+
+
+@settings(FEW, max_examples=300)
+@given(content=sample_files())
+def test_any_header_of_samples_that_is_taken_is_loaded_alike(
+    tmp_path: Path, content: bytes
+) -> None:
+    """Whatever header passes the gate, the library finds the same images and labels behind it."""
+    check_against_loader(content, tmp_path / "s.safetensors")
+
+
+@settings(FEW, max_examples=400)
+@given(content=edits(SAMPLES))
+def test_changed_safetensors_of_samples_is_refused_or_loaded_alike(
+    tmp_path: Path, content: bytes
+) -> None:
+    """A changed file that passes the gate is one that the library loads to the same samples."""
+    check_against_loader(content, tmp_path / "s.safetensors")
 
 
 def test_oracles_are_not_idle(tmp_path: Path) -> None:
@@ -333,8 +423,7 @@ def test_oracles_are_not_idle(tmp_path: Path) -> None:
     assert passed(written(SAFE, tmp_path / "a")) is not None
     assert passed(written(zip_around(MEMBERS["archive/data.pkl"]), tmp_path / "b")) is not None
     check_against_torch(TORCH, tmp_path / "c")
-    for content in NPZ:
-        path = written(content, tmp_path / "d")
-        assert inspect_samples(path, Purpose.SAMPLES, max_bytes=1 << 20).count == 2
+    for content in (*NPZ, SAMPLES):
+        assert check_against_loader(content, tmp_path / "d")
     with pytest.raises(DamagedFile):
         inspect_model(written(TORCH[:-3], tmp_path / "e"))

@@ -162,6 +162,10 @@ LIES: dict[str, tuple[bytes, type[Problem]]] = {
                      DamagedFile),
     "a huge side of an empty tensor": (safetensors_file({"w": entry("F32", [0, 1 << 70], 0, 0)}),
                                        DamagedFile),
+    "huge sides before a side of 0": (
+        safetensors_file({"w": entry("F32", [1 << 40, 1 << 40, 0], 0, 0)}), DamagedFile),
+    "huge sides after a side of 0": (
+        safetensors_file({"w": entry("F32", [0, 1 << 40, 1 << 40], 0, 0)}), DamagedFile),
     "too many sides": (safetensors_file({"w": entry("F32", [1] * 9, 0, 4)}, bytes(4)),
                        UnsupportedFormat),
     "an unknown type": (safetensors_file({"w": entry("F8_E4M3", [8], 0, 8)}, bytes(8)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from common.errors import (
     ClassCountMismatch,
@@ -25,7 +26,7 @@ from common.errors import (
     TooLarge,
     UnsafeZip,
 )
-from common.formats.npz import MAX_MEMBERS
+from common.formats.arrays import MAX_ARRAYS
 from common.formats.samples import (
     MAX_SIDE,
     Purpose,
@@ -47,9 +48,21 @@ FLOATS = (BYTES / 255).astype(np.float32).transpose(0, 3, 1, 2)
 LABELS = np.array([0, 1, 2, 1])
 
 
+@pytest.fixture(params=["s.npz", "s.safetensors"])
+def path(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Return where to save a sample file of either kind."""
+    return tmp_path / str(request.param)
+
+
 def saved(path: Path, *, compressed: bool = False, **arrays: Any) -> Path:
-    """Write an .npz as a client would."""
-    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    """Write an .npz or, if *path* is called so, a .safetensors, as a client would."""
+    if path.suffix == ".safetensors":
+        rows = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        save_file(
+            {name: row.astype(row.dtype.newbyteorder("<")) for name, row in rows.items()}, path
+        )
+    else:
+        (np.savez_compressed if compressed else np.savez)(path, **arrays)
     return path
 
 
@@ -68,7 +81,6 @@ def inspect(path: Path, purpose: Purpose = Purpose.SAMPLES) -> SampleFile:
 # Honest files --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize(
     "images",
     [
@@ -82,34 +94,34 @@ def inspect(path: Path, purpose: Purpose = Purpose.SAMPLES) -> SampleFile:
     ],
     ids=["bytes", "float32", "float64", "float16", "big-endian", "fortran bytes", "fortran floats"],
 )
-def test_images_of_both_layouts_pass(
-    tmp_path: Path, images: np.ndarray[Any, Any], *, compressed: bool
-) -> None:
+def test_images_of_both_layouts_pass(path: Path, images: np.ndarray[Any, Any]) -> None:
     """uint8 NHWC and float NCHW give the same facts."""
-    path = saved(tmp_path / "s.npz", compressed=compressed, images=images, labels=LABELS)
-    assert inspect(path) == SampleFile(
-        count=4, image_shape=(3, 5, 6), labels=(0, 1, 2, 1), targets=None
-    )
-    assert inspect(path).classes == 3
+    for compressed in (False, True):
+        saved(path, compressed=compressed, images=images, labels=LABELS)
+        assert inspect(path) == SampleFile(
+            count=4, image_shape=(3, 5, 6), labels=(0, 1, 2, 1), targets=None
+        )
+        assert inspect(path).classes == 3
 
 
-def test_aliases_and_other_arrays(tmp_path: Path) -> None:
+def test_aliases_and_other_arrays(path: Path) -> None:
     """``x`` and ``y`` mean images and labels; an array nobody asked for is left alone."""
-    file = inspect(saved(tmp_path / "s.npz", x=BYTES, y=LABELS, names=np.array(["a", "b"])))
+    other = BYTES > 9 if path.suffix == ".safetensors" else np.array(["a", "b"])
+    file = inspect(saved(path, x=BYTES, y=LABELS, names=other))
     assert (file.count, file.labels) == (4, (0, 1, 2, 1))
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", "<u2", "<i4", ">i8", "<u8"])
-def test_labels_of_every_whole_type_pass(tmp_path: Path, dtype: str) -> None:
+def test_labels_of_every_whole_type_pass(path: Path, dtype: str) -> None:
     """Labels are whole numbers of any width and byte order."""
-    assert inspect(saved(tmp_path / "s.npz", images=BYTES, labels=LABELS.astype(dtype))).labels == (
+    assert inspect(saved(path, images=BYTES, labels=LABELS.astype(dtype))).labels == (
         0, 1, 2, 1,
     )  # fmt: skip
 
 
-def test_labels_may_be_missing_for_samples_only(tmp_path: Path) -> None:
+def test_labels_may_be_missing_for_samples_only(path: Path) -> None:
     """Clean samples need no labels; what is measured on does."""
-    path = saved(tmp_path / "s.npz", images=BYTES, target=np.array(1))
+    saved(path, images=BYTES, target=np.array(1))
     file = inspect(path)
     assert (file.labels, file.classes) == (None, None)
     for purpose in (Purpose.EVALUATION, Purpose.TRIGGERED):
@@ -118,31 +130,29 @@ def test_labels_may_be_missing_for_samples_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [np.array(2), np.full(4, 2), np.int64(2)])
-def test_target_is_one_number_or_one_per_image(
-    tmp_path: Path, target: np.ndarray[Any, Any]
-) -> None:
+def test_target_is_one_number_or_one_per_image(path: Path, target: np.ndarray[Any, Any]) -> None:
     """A scalar target means all images."""
-    path = saved(tmp_path / "s.npz", images=BYTES, labels=LABELS, target=target)
+    saved(path, images=BYTES, labels=LABELS, target=target)
     assert inspect(path, Purpose.TRIGGERED).targets == (2, 2, 2, 2)
     assert inspect(path).targets is None
 
 
-def test_triggered_without_a_target_is_refused(tmp_path: Path) -> None:
+def test_triggered_without_a_target_is_refused(path: Path) -> None:
     """Without a target there is no attack success rate."""
     with pytest.raises(InvalidLabels, match="target"):
-        inspect(saved(tmp_path / "s.npz", images=BYTES, labels=LABELS), Purpose.TRIGGERED)
+        inspect(saved(path, images=BYTES, labels=LABELS), Purpose.TRIGGERED)
 
 
-def test_bounds_of_the_range_pass(tmp_path: Path) -> None:
+def test_bounds_of_the_range_pass(path: Path) -> None:
     """0 and 1 themselves are in range, and so is a minus zero."""
     images = np.zeros((1, 1, 2, 2), np.float32)
     images[0, 0] = [[0.0, 1.0], [-0.0, 0.5]]
-    assert inspect(saved(tmp_path / "s.npz", images=images)).count == 1
+    assert inspect(saved(path, images=images)).count == 1
 
 
-def test_labels_are_held_against_the_models_classes(tmp_path: Path) -> None:
+def test_labels_are_held_against_the_models_classes(path: Path) -> None:
     """The highest label and target must be below the number of classes."""
-    path = saved(tmp_path / "s.npz", images=BYTES, labels=LABELS, target=np.array(5))
+    saved(path, images=BYTES, labels=LABELS, target=np.array(5))
     file = inspect(path, Purpose.TRIGGERED)
     check_labels(file, Purpose.TRIGGERED, classes=6)
     with pytest.raises(ClassCountMismatch, match="target 5; the model has 5 classes, 0 to 4"):
@@ -165,7 +175,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Problem]]] = {
     "no images": ({"labels": LABELS}, InvalidSamples),
     "images twice": ({"images": BYTES, "x": BYTES}, InvalidSamples),
     "labels twice": ({"images": BYTES, "labels": LABELS, "y": LABELS}, InvalidSamples),
-    "too many arrays": ({"images": BYTES, **{f"a{n}": LABELS for n in range(MAX_MEMBERS)}},
+    "too many arrays": ({"images": BYTES, **{f"a{n}": LABELS for n in range(MAX_ARRAYS)}},
                         InvalidSamples),
     "one image without a batch": ({"images": BYTES[0]}, InvalidImages),
     "five dimensions": ({"images": BYTES[None]}, InvalidImages),
@@ -174,12 +184,6 @@ WRONG: dict[str, tuple[dict[str, Any], type[Problem]]] = {
     "int images": ({"images": BYTES.astype(np.int64)}, InvalidImages),
     "signed bytes": ({"images": BYTES.astype(np.int8)}, InvalidImages),
     "bool images": ({"images": BYTES > 9}, InvalidImages),
-    "complex images": ({"images": FLOATS.astype(np.complex64)}, InvalidImages),
-    "strings": ({"images": BYTES.astype("S3")}, InvalidImages),
-    "dates": ({"images": BYTES.astype("M8[s]")}, InvalidSamples),
-    "object images": ({"images": BYTES.astype(object)}, InvalidSamples),
-    "object labels": ({"images": BYTES, "labels": LABELS.astype(object)}, InvalidSamples),
-    "structured images": ({"images": np.zeros((1, 2, 2, 3), [("r", "u1")])}, InvalidSamples),
     "no image": ({"images": BYTES[:0]}, NoSamples),
     "no float image": ({"images": FLOATS[:0], "labels": LABELS[:0]}, NoSamples),
     "images without height": ({"images": BYTES[:, :0]}, InvalidImages),
@@ -196,15 +200,37 @@ WRONG: dict[str, tuple[dict[str, Any], type[Problem]]] = {
     "one-hot labels": ({"images": BYTES, "labels": np.eye(4, dtype=int)}, InvalidLabels),
     "scalar labels": ({"images": BYTES, "labels": np.array(1)}, InvalidLabels),
     "negative labels": ({"images": BYTES, "labels": LABELS - 1}, InvalidLabels),
+    "labels above every number of classes": (
+        {"images": BYTES, "labels": np.full(4, 1 << 63, np.uint64)}, InvalidLabels),
     "too few labels": ({"images": BYTES, "labels": LABELS[:3]}, InvalidLabels),
     "too many labels": ({"images": BYTES, "labels": np.tile(LABELS, 2)}, InvalidLabels),
 }  # fmt: skip
 
 
+WRONG_IN_NPZ: dict[str, tuple[dict[str, Any], type[Problem]]] = {
+    "complex images": ({"images": FLOATS.astype(np.complex64)}, InvalidImages),
+    "strings": ({"images": BYTES.astype("S3")}, InvalidImages),
+    "dates": ({"images": BYTES.astype("M8[s]")}, InvalidSamples),
+    "object images": ({"images": BYTES.astype(object)}, InvalidSamples),
+    "object labels": ({"images": BYTES, "labels": LABELS.astype(object)}, InvalidSamples),
+    "structured images": ({"images": np.zeros((1, 2, 2, 3), [("r", "u1")])}, InvalidSamples),
+}
+
+
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_content_is_refused(tmp_path: Path, wrong: str) -> None:
+def test_wrong_content_is_refused(path: Path, wrong: str) -> None:
     """Each mistake in a sample file is refused by its class, with a hint."""
     arrays, problem = WRONG[wrong]
+    with pytest.raises(Problem) as caught:
+        inspect(saved(path, **arrays))
+    assert type(caught.value) is problem
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("wrong", WRONG_IN_NPZ)
+def test_wrong_type_of_numpy_is_refused(tmp_path: Path, wrong: str) -> None:
+    """So is each type that numpy alone can write."""
+    arrays, problem = WRONG_IN_NPZ[wrong]
     with pytest.raises(Problem) as caught:
         inspect(saved(tmp_path / "s.npz", **arrays))
     assert type(caught.value) is problem
@@ -214,9 +240,9 @@ def test_wrong_content_is_refused(tmp_path: Path, wrong: str) -> None:
 @pytest.mark.parametrize(
     "target", [np.array(-1), np.array(1.5), np.array([1]), np.array([[1, 1, 1, 1]])]
 )
-def test_wrong_target_is_refused(tmp_path: Path, target: np.ndarray[Any, Any]) -> None:
+def test_wrong_target_is_refused(path: Path, target: np.ndarray[Any, Any]) -> None:
     """A target is a class, or one per image."""
-    path = saved(tmp_path / "s.npz", images=BYTES, labels=LABELS, target=target)
+    saved(path, images=BYTES, labels=LABELS, target=target)
     with pytest.raises(InvalidLabels):
         inspect(path, Purpose.TRIGGERED)
 
