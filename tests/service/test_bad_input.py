@@ -170,7 +170,7 @@ ASKED = [
         for method, texts in {
             "auto": ('{"steps": 0}', '{"rounds": -1}', '{"restarts": 65}', '{"restart_steps": 0}',
                      '{"layers": 0}', '{"ridge": 0}', '{"strengths": []}', '{"strengths": [0]}',
-                     '{"strengths": [1.5]}', '{"copies": 101}', '{"reach": -1}', '{"tau": 100}',
+                     '{"strengths": [1.5]}', '{"copies": 101}', '{"reach": -1}',
                      '{"force": 1}', '{"flip": "no"}', '{"precision": "float8"}'),
             "awm": ('{"tau": -1}', '{"alpha": -0.1}', '{"alpha": 1.01}', '{"beta": -1}', '{"passes": 0}',
                     '{"gamma": -1e-8}', '{"perturbation_lr": 0}', '{"augmentations": -1}',
