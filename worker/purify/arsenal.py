@@ -1,14 +1,15 @@
 """
 Stamp images with what was found of a backdoor, in as many forms as there are signs of it.
 
-A small patch calls for its variants (``variants``). Where a class can be driven far ahead of all others
-the trigger may cover the whole image, and what stands in for it are the smallest perturbations of every
-pixel that lead there, at about their size; where a slight warp leads there, such warps are.
+A small patch, and a square, call for their variants (``variants``). Where a class can be driven far ahead
+of all others the trigger may cover the whole image, and what stands in for it are the smallest
+perturbations of every pixel that lead there, at about their size; where a slight warp leads there, such
+warps are.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ STEPS = 150
 PER_ROW = 6  # images of each in a step
 PERTURBATION_SIZES = (0.7, 1.5)  # what is found is the least that suffices
 WARP_SIZES = (0.8, 1.5)
+PATCH_TURNS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,13 @@ class Arsenal:
         patches: Recovered, or found again on a result.
         perturbations: Of every pixel.
         warps: Smooth shifts.
+        patch_turns: How many images patches get for each that another kind gets.
     """
 
     patches: Sequence[Trigger]
     perturbations: Sequence[Found]
     warps: Sequence[Found]
+    patch_turns: int = 1
 
     @classmethod
     def gather(
@@ -79,13 +83,15 @@ class Arsenal:
         return cls(
             patches=[each for each in patches if calls_for_patch(suspects, each.target)],
             perturbations=find(
-                [each.target for each in suspects if each.signs - {Sign.WARP}],
+                [each.target for each in suspects if each.signs & {Sign.PATCH, Sign.MARGIN}],
                 lambda rows: Perturbations.start(images, rows, generator),
             ),
             warps=find(
                 [each.target for each in suspects if Sign.WARP in each.signs],
                 lambda rows: Warps.start(images, rows, generator),
             ),
+            # Perturbations cost accuracy, and where no margin speaks the trigger is hardly one.
+            patch_turns=1 if any(Sign.MARGIN in each.signs for each in suspects) else PATCH_TURNS,
         )
 
     def split(self, one_in: int) -> tuple["Arsenal", "Arsenal"]:
@@ -105,8 +111,8 @@ class Arsenal:
 
         (perturbations, others), (warps, other_warps) = parts(self.perturbations), parts(self.warps)
         return (
-            Arsenal(patches=self.patches, perturbations=perturbations, warps=warps),
-            Arsenal(patches=[], perturbations=others, warps=other_warps),
+            replace(self, perturbations=perturbations, warps=warps),
+            replace(self, patches=[], perturbations=others, warps=other_warps),
         )
 
     def stamp(
@@ -121,11 +127,11 @@ class Arsenal:
         """
         kinds: list[Callable[[Tensor], Tensor]] = []
         if self.patches:
-            kinds.append(
+            kinds += [
                 lambda part: stamp_variants(
                     forward, part, self.patches, reach=reach, generator=generator
                 )
-            )
+            ] * self.patch_turns
         if self.perturbations:
             kinds.append(lambda part: perturbed(part, self.perturbations, generator))
         if self.warps:
@@ -142,7 +148,8 @@ TICKS = 2 * STEPS
 def calls_for_patch(suspects: Sequence[Suspect], target: int) -> bool:
     """Whether *target* is one to which patches are unlearned: it stands out by them, or by nothing."""
     return any(
-        each.target == target and (Sign.PATCH in each.signs or not each.signs) for each in suspects
+        each.target == target and (each.signs & {Sign.SQUARE, Sign.PATCH} or not each.signs)
+        for each in suspects
     )
 
 

@@ -1,13 +1,14 @@
 """
 Purify a model without knowing the attack: find signs of it, rewrite the last layers, search again.
 
-Ours, out of known parts. For each class the smallest patch and the smallest warp are recovered
-(``search``, after Neural Cleanse), and the largest margin is measured (``margins``, after MM-BD); a
-class that stands out is suspect (``evidence``). The last layers are then rewritten in closed form so
-that images under what leads to it (``arsenal``) give what their clean originals gave, and clean ones
-what they gave before (``rewriting``). Like Adversarial Weight Masking it searches again on what it made,
-and goes on with what it finds. How hard to rewrite is chosen per job by evidence that anybody has: fresh
-triggers on the result, and agreement with the original on images made from the samples.
+Ours, out of known parts. For each class the small square that leads furthest is looked for
+(``squares``), the smallest patch and the smallest warp are recovered (``search``, after Neural Cleanse),
+and the largest margin is measured (``margins``, after MM-BD); a class that stands out is suspect
+(``evidence``). The last layers are then rewritten in closed form so that images under what leads to it
+(``arsenal``) give what their clean originals gave, and clean ones what they gave before (``rewriting``).
+Like Adversarial Weight Masking it searches again on what it made, and goes on with what it finds. How
+hard to rewrite is chosen per job by evidence that anybody has: fresh triggers on the result, and
+agreement with the original on images made from the samples.
 
 What was tried instead, with numbers, is in docs/decisions/0005-auto.md. No step sees a true trigger, a
 target class, or the success of an attack.
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from worker.purify import arsenal, margins
+from worker.purify import arsenal, margins, squares
 from worker.purify.augmentation import augment
 from worker.purify.errors import NotEnoughData, NotFinite, NothingToMask
 from worker.purify.evidence import CUTS, Evidence, Sign, judge
@@ -101,7 +102,7 @@ class TriggerRewriting:
         """Return about how many forward passes of one image a run with *images* samples takes."""
         again = self.rounds + len(self.strengths)
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
-        searches += margins.GLANCE_STEPS * margins.AT_ONCE
+        searches += margins.GLANCE_STEPS * margins.AT_ONCE + (1 + self.rounds) * squares.TRIED // 3
         searches += (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool = min(images * (1 + self.copies), MAX_POOL)
@@ -123,7 +124,8 @@ class TriggerRewriting:
         Any other is returned as it came, unless forced; one of which nothing certain can be said has the
         rewritten models as further ``candidates``. The verdict is about the model as it came.
         ``findings`` holds, in plain values, ``classes``: norm, success and anomaly index of the smallest
-        patch of each, its largest margin and its smallest warp, with their indices; ``cuts``, from
+        patch of each, its largest margin, its smallest warp and how far its best square leads, with
+        their indices; ``cuts``, from
         which indices on a class stands out; ``suspects``, and by which ``signs``; ``candidates``,
         with the one that was chosen. ``triggers`` are the patches that were unlearned, or would be.
 
@@ -158,7 +160,7 @@ class TriggerRewriting:
             reach=self.reach,
         )
         to_do = self.rounds, len(self.strengths)
-        tick = ticker(progress, effort.ticks(classes, *to_do))
+        tick = ticker(progress, effort.ticks(images[0], classes, *to_do))
         examiner = Examiner(
             work, classes, effort, precision=self.precision, generator=generator, tick=tick
         )
@@ -271,6 +273,8 @@ def _findings(evidence: Evidence) -> dict[str, object]:
                 "margin_index": rounded(Sign.MARGIN, cls),
                 "warp": None if warp >= evidence.worst_warp else round(warp, 3),
                 "warp_index": rounded(Sign.WARP, cls),
+                "square_success": round(evidence.squares.triggers[cls].success, 4),
+                "square_index": rounded(Sign.SQUARE, cls),
             }
             for cls, (patch, warp) in enumerate(
                 zip(evidence.field.triggers, evidence.warps, strict=True)

@@ -1,13 +1,13 @@
 """
 Judge by what was searched whether a model has a backdoor.
 
-A backdoor makes one class much easier to reach than the others. That shows in one of three ways, and no
-attack that was tried shows in all: the smallest patch that sends any image there is far smaller (Neural
-Cleanse), the smallest warp is, or the class can be driven much further ahead of the others (MM-BD). In
-each a class's index counts how often an ordinary class's value must be halved, or doubled, to get there:
-among ten classes the median absolute deviation, which the literature counts in, is itself a matter of
-chance, and a model with two small classes and eight that happen to be alike had a higher index than one
-with a backdoor (docs/decisions/0005-auto.md).
+A backdoor makes one class much easier to reach than the others. That shows in one of four ways, and no
+attack that was tried shows in all: a small plain square somewhere in the image leads there, the smallest
+patch that sends any image there is far smaller (Neural Cleanse), the smallest warp is, or the class can
+be driven much further ahead of the others (MM-BD). In each a class's index counts how often an ordinary
+class's value must be halved, or doubled, to get there: among ten classes the median absolute deviation,
+which the literature counts in, is itself a matter of chance, and a model with two small classes and
+eight that happen to be alike had a higher index than one with a backdoor (docs/decisions/0005-auto.md).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +17,7 @@ from math import log2
 from statistics import median
 
 from worker.purify.margins import Margins
+from worker.purify.squares import Squares
 from worker.purify.trigger import Field, Trigger
 from worker.purify.verdict import Verdict
 
@@ -24,6 +25,7 @@ from worker.purify.verdict import Verdict
 class Sign(StrEnum):
     """By what a class stands out."""
 
+    SQUARE = "square"  # a small plain one in one place leads there
     PATCH = "patch"  # a small one leads there
     MARGIN = "margin"  # it can get far ahead of the others
     WARP = "warp"  # a slight one leads there
@@ -39,6 +41,7 @@ class Cut:
 
 # Set on models trained for it: benchmarks/auto_verdicts.py, docs/decisions/0005-auto.md.
 CUTS: Mapping[Sign, Cut] = {
+    Sign.SQUARE: Cut(backdoored_from=1.0, clean_below=0.5),
     Sign.PATCH: Cut(backdoored_from=1.0, clean_below=0.65),
     Sign.MARGIN: Cut(backdoored_from=1.1, clean_below=0.9),
     Sign.WARP: Cut(backdoored_from=1.5, clean_below=0.8),
@@ -58,12 +61,14 @@ class Evidence:
     Hold what was found of every class.
 
     Attributes:
+        squares: The squares that lead furthest.
         field: The smallest patches.
         margins: The largest margins.
         warps: The norm of the smallest warp that leads to each class; ``worst_warp`` where none did.
         worst_warp: What is searched at most, in pixels.
     """
 
+    squares: Squares
     field: Field
     margins: Margins
     warps: Sequence[float]
@@ -77,6 +82,8 @@ class Evidence:
     def index(self, sign: Sign, cls: int) -> float:
         """Return how far class *cls* stands out; 0 is an ordinary one."""
         match sign:
+            case Sign.SQUARE:
+                return self.squares.index(cls)
             case Sign.PATCH:
                 return anomaly_index(self.field.triggers[cls], self.field)
             case Sign.MARGIN:
@@ -130,12 +137,16 @@ def suspects(evidence: Evidence) -> list[Suspect]:
     """
     Return the classes to make harder to reach, the most suspicious first.
 
-    A margin speaks first: where it and the patch named different classes, it was right on every model
-    that it was tried on. Without one, and without a warp, the smallest patch names the class, whatever
-    the verdict. Up to two more must stand out by themselves and nearly as far: to unlearn the patch of
-    an innocent class costs accuracy, since such a patch is made of what the class looks like.
+    A square speaks first, then a margin: where it and the patch named different classes, it was right on
+    every model that it was tried on. Without these, and without a warp, the smallest patch names the
+    class, whatever the verdict. Up to two more must stand out by themselves and nearly as far: to
+    unlearn the patch of an innocent class costs accuracy, since such a patch is made of what the
+    class looks like.
     """
-    named = [*_named(evidence, Sign.MARGIN), *_named(evidence, Sign.WARP)]
+    named = _named(evidence, Sign.SQUARE) or [
+        *_named(evidence, Sign.MARGIN),
+        *_named(evidence, Sign.WARP),
+    ]
     if not named:
         first = min(range(evidence.classes), key=_norm(evidence.field))
         named = _named(evidence, Sign.PATCH) or [first]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.purify import arsenal as arsenals
-from worker.purify import margins
+from worker.purify import margins, squares
 from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
 from worker.purify.batch_norm import absorb_batch_norms
 from worker.purify.evidence import Evidence, Sign, judge, suspects
@@ -31,6 +31,7 @@ from worker.purify.search import (
     ticks,
     worst_warp,
 )
+from worker.purify.squares import Squares, best_squares
 from worker.purify.trigger import Field, Trigger
 from worker.purify.variants import stamp_variants
 from worker.purify.verdict import Verdict
@@ -127,14 +128,16 @@ class Effort:
     restart_steps: int
     reach: int
 
-    def ticks(self, classes: int, rounds: int, results: int) -> int:
+    def ticks(self, image: Tensor, classes: int, rounds: int, results: int) -> int:
         """Return how often an examiner ticks that goes on for *rounds* and weighs *results*."""
         first = ticks(self.steps, classes) + self.steps + margins.ticks(classes) + WARP_STEPS
-        return first + self.ticks_after_verdict(rounds, results)
+        again = self.ticks_after_verdict(image, classes, rounds, results)
+        return first + squares.ticks(image, classes) + again
 
-    def ticks_after_verdict(self, rounds: int, results: int) -> int:
+    def ticks_after_verdict(self, image: Tensor, classes: int, rounds: int, results: int) -> int:
         """Return how many of these come after the verdict."""
-        return (1 + rounds) * arsenals.TICKS + (rounds + results) * self.restart_steps
+        again = arsenals.TICKS + squares.ticks(image, classes)
+        return arsenals.TICKS + rounds * again + (rounds + results) * self.restart_steps
 
 
 class Examiner:
@@ -158,47 +161,73 @@ class Examiner:
         tick: Callable[[], None],
     ) -> None:
         self._work, self._effort = work, effort
-        self._generator, self._tick = generator, tick
+        self._classes, self._generator, self._tick = classes, generator, tick
         autocast = autocast_type(precision, work.images)
         self.computed_in = str(autocast or work.images.dtype).removeprefix("torch.")
         self._autocast = torch.autocast(
             work.images.device.type, dtype=autocast, enabled=autocast is not None
         )
         self._original = self._fast(work.model)
-        self.evidence = self._look(classes)
+        self.evidence = self._look()
         self.suspects = suspects(self.evidence)
 
     def skip(self, rounds: int, results: int) -> None:
         """Count what comes after the verdict as done."""
-        for _ in range(self._effort.ticks_after_verdict(rounds, results)):
+        image, classes = self._work.images[0], self._classes
+        self._pass_over(self._effort.ticks_after_verdict(image, classes, rounds, results))
+
+    def _pass_over(self, ticks: int) -> None:
+        for _ in range(ticks):
             self._tick()
 
-    def _look(self, classes: int) -> Evidence:
+    def _look(self) -> Evidence:
         """Return what speaks for a backdoor; where patches are doubtful, after a second look."""
         work, steps = self._work, self._effort.steps
         given = (self._original, work.images, work.labels)
         generator, tick = self._generator, self._tick
+        found_squares = self._squares(self._original)
         largest = largest_margins(
-            self._original, work.images[0], classes, generator=generator, tick=tick
+            self._original, work.images[0], self._classes, generator=generator, tick=tick
         )
-        field = search(*given, classes, steps=steps, generator=generator, tick=tick)
+        field = search(*given, self._classes, steps=steps, generator=generator, tick=tick)
 
         def evidence(field: Field, warps: Sequence[float]) -> Evidence:
             return Evidence(
-                field=field, margins=largest, warps=warps, worst_warp=worst_warp(work.images)
+                squares=found_squares,
+                field=field,
+                margins=largest,
+                warps=warps,
+                worst_warp=worst_warp(work.images),
             )
 
         found = evidence(field, smallest_warps(field, *given, generator=generator, tick=tick))
         if judge(found) is Verdict.INCONCLUSIVE:
             field = search_again(field, *given, steps=steps, generator=generator, tick=tick)
             return evidence(field, found.warps)
-        for _ in range(steps):
-            self._tick()
+        self._pass_over(steps)
         return found
+
+    def _squares(self, forward: Forward) -> Squares:
+        """Return the squares that lead furthest; what is drawn after them does not depend on them."""
+        return best_squares(
+            forward,
+            self._work.images,
+            self._classes,
+            generator=self._generator.clone_state(),
+            tick=self._tick,
+        )
 
     def gather(self, images: Tensor, labels: Tensor) -> tuple[Arsenal, Arsenal]:
         """Return what leads to the suspects, found on *images*: to unlearn, and to try results on."""
-        patches = [self.evidence.field.triggers[each.target] for each in self.suspects]
+        patches = [
+            found.triggers[each.target]
+            for each in self.suspects
+            for sign, found in (
+                (Sign.SQUARE, self.evidence.squares),
+                (Sign.PATCH, self.evidence.field),
+            )
+            if sign in each.signs or (sign is Sign.PATCH and not each.signs)
+        ]
         found = Arsenal.gather(
             self._original,
             images,
@@ -220,21 +249,32 @@ class Examiner:
         Patches count that are much smaller than ordinary, and of the rest what is hardly larger than it
         was on the original.
         """
+        easy = [each for each in self._afresh(result) if self._index(each) >= EASY_FROM]
         again = Arsenal.gather(
             self._fast(result),
             images,
             labels,
             self.suspects,
-            [each for each in self._afresh(result) if self._index(each) >= EASY_FROM],
+            [*self._squares_left(result), *easy],
             at_once=AT_ONCE_AGAIN,
             generator=self._generator,
             tick=self._tick,
         )
-        return Arsenal(
+        return replace(
+            arsenal,
             patches=[*arsenal.patches, *again.patches],
             perturbations=_with_small_ones(arsenal.perturbations, again.perturbations),
             warps=_with_small_ones(arsenal.warps, again.warps),
         )
+
+    def _squares_left(self, result: nn.Module) -> list[Trigger]:
+        """Return the squares of *result* that still lead to suspects that squares lead to."""
+        targets = [each.target for each in self.suspects if Sign.SQUARE in each.signs]
+        if not targets:
+            self._pass_over(squares.ticks(self._work.images[0], self._classes))
+            return []
+        found = self._squares(self._fast(result))
+        return [found.triggers[target] for target in targets if found.margins[target] > 0]
 
     def _index(self, patch: Trigger) -> float:
         """Return how far *patch*, found on a result, stands out among those of the original."""
@@ -249,8 +289,7 @@ class Examiner:
             each.target for each in self.suspects if calls_for_patch(self.suspects, each.target)
         ]
         if not targets:
-            for _ in range(self._effort.restart_steps):
-                self._tick()
+            self._pass_over(self._effort.restart_steps)
             return []
         rows = [target for target in targets for _ in range(self._effort.restarts)]
         starts = [OPENNESS[number % len(OPENNESS)] for number in range(self._effort.restarts)]

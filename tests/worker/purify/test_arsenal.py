@@ -1,6 +1,7 @@
 """Stamp images with what the signs of a backdoor call for."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,12 +72,14 @@ def gather(*suspects: Suspect, at_once: int = 6) -> tuple[Arsenal, int]:
         ((Sign.MARGIN,), (False, True, False)),
         ((Sign.WARP,), (False, False, True)),
         ((Sign.PATCH, Sign.WARP), (True, True, True)),
+        ((Sign.SQUARE,), (True, False, False)),
+        ((Sign.SQUARE, Sign.MARGIN), (True, True, False)),
     ],
 )
 def test_signs_call_for_what_is_gathered(
     signs: tuple[Sign, ...], kinds: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Patches for who stands out by them or by nothing, warps for warps, perturbations for the rest."""
+    """Patches for who stands out by one or by nothing, warps for warps, perturbations for the rest."""
     monkeypatch.setattr(module, "STEPS", 3)
     gathered, ticks = gather(suspect(1, *signs))
     assert ticks == 2 * 3
@@ -121,6 +124,22 @@ def test_images_take_the_kinds_in_turn() -> None:
     difference = (stamped - IMAGES)[1::3]
     assert torch.allclose(difference, difference[:, :, :1, :1].expand_as(difference), atol=1e-6)
     assert torch.equal(stamped[2::3, ..., -1], IMAGES[2::3, ..., -1])
+
+
+@pytest.mark.parametrize(
+    ("signs", "of_three"),
+    [((Sign.PATCH,), 2), ((Sign.SQUARE, Sign.PATCH), 2), ((Sign.PATCH, Sign.MARGIN), 1.5)],
+)
+def test_patches_take_two_turns_where_no_margin_speaks(
+    signs: tuple[Sign, ...], of_three: float
+) -> None:
+    """Perturbations cost accuracy: they get a third of the images then, and half of them otherwise."""
+    gathered, _ = gather(suspect(1, *signs))
+    one = replace(gathered, patches=[patch(1)])
+    images = IMAGES[:12]
+    stamped = one.stamp(forward, images, reach=0, generator=torch.Generator().manual_seed(0))
+    changed = (stamped != images).flatten(2).sum(2)[:, 0]
+    assert int((changed <= 4).sum()) == len(images) * of_three / 3
 
 
 def test_sizes_lie_about_what_was_found() -> None:

@@ -1,4 +1,4 @@
-"""Judge by the smallest patches and warps, and by the largest margins."""
+"""Judge by squares, by the smallest patches and warps, and by the largest margins."""
 
 import math
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from worker.purify.evidence import (
     suspects,
 )
 from worker.purify.margins import Margins
+from worker.purify.squares import Squares
 from worker.purify.trigger import Field, Trigger
 from worker.purify.verdict import Verdict
 
@@ -41,14 +42,25 @@ def field(*norms: float, success: float = 1.0) -> Field:
     return Field(triggers=triggers, middle=range(len(norms)))
 
 
+def squares(*indices: float) -> Squares:
+    """Return squares that raise an ordinary class by 10 logits, and each by so many doublings more."""
+    return Squares(
+        triggers=field(*(16.0,) * len(indices)).triggers,
+        margins=[1.0] * len(indices),
+        rises=[10 * 2**index for index in indices],
+        middle=range(len(indices)),
+    )
+
+
 def evidence(
     **by_sign: Sequence[float],
 ) -> Evidence:
     """Return evidence in which classes have these indices; more than half of each are to be 0."""
     plain = (0.0,) * max(len(PLAIN), *map(len, by_sign.values())) if by_sign else PLAIN
-    patch, margin, warp = (by_sign.get(sign, plain) for sign in Sign)
+    square, patch, margin, warp = (by_sign.get(sign, plain) for sign in Sign)
     margins = Margins(largest=[10 * 2**index for index in margin], middle=range(len(margin)))
     return Evidence(
+        squares=squares(*square),
         field=field(*(16 * 2**-index for index in patch)),
         margins=margins,
         warps=[WORST * 2**-index for index in warp],
@@ -94,6 +106,7 @@ def test_each_sign_has_an_index_of_its_own(sign: Sign) -> None:
 def test_an_ordinary_warp_is_the_median_of_all_and_an_ordinary_margin_that_of_the_middle() -> None:
     """Of many classes the margins of most were only glanced at."""
     found = Evidence(
+        squares=squares(0, 0, 0, 0, 0),
         field=field(16, 16, 16, 16, 16),
         margins=Margins(largest=[32.0, 7.0, 8.0, 9.0, 0.5], middle=[1, 2, 3]),
         warps=[0.5, 1.0, 1.0, 2.0, 2.0],
@@ -107,15 +120,10 @@ def test_a_class_that_is_never_ahead_has_a_finite_index() -> None:
     """It is far below the others; and where no class gets ahead there is nothing to stand out from."""
     behind = Margins(largest=[-5.0, 8.0, 8.0, 9.0], middle=range(4))
     plain = replace(evidence(), field=field(16, 16, 16, 16), warps=[WORST] * 4)
-    some = Evidence(field=plain.field, margins=behind, warps=plain.warps, worst_warp=WORST)
+    some = replace(plain, margins=behind)
     assert math.isfinite(some.index(Sign.MARGIN, 0))
     assert some.index(Sign.MARGIN, 0) < -5
-    none = Evidence(
-        field=plain.field,
-        margins=Margins(largest=[5.0, -1.0, -1.0, 0.0], middle=range(4)),
-        warps=plain.warps,
-        worst_warp=WORST,
-    )
+    none = replace(plain, margins=Margins(largest=[5.0, -1.0, -1.0, 0.0], middle=range(4)))
     assert [none.index(Sign.MARGIN, cls) for cls in range(4)] == [0.0] * 4
 
 
@@ -180,6 +188,21 @@ def test_a_margin_speaks_before_a_patch() -> None:
     assert targets(evidence(margin=margin, patch=patch, warp=warp)) == [1, 3]
     assert targets(evidence(patch=patch, warp=warp)) == [3]
     assert targets(evidence(patch=patch)) == [2]
+
+
+def test_a_square_speaks_before_all_others() -> None:
+    """What it names was tried and seen to lead there; the others are not asked."""
+    square = (0.0, 0.0, 0.0, 0.0, 3.0, *PLAIN[5:])
+    others = {sign.value: (9.0, *PLAIN[1:]) for sign in Sign if sign is not Sign.SQUARE}
+    assert targets(evidence(square=square, **others)) == [4]
+
+
+def test_a_square_that_leads_nowhere_is_no_sign() -> None:
+    """However much further than others it drives a class: it is not ahead in the end."""
+    far = squares(5.0, *PLAIN[1:])
+    assert far.index(0) == pytest.approx(5)
+    behind = replace(far, margins=[-0.1, *far.margins[1:]])
+    assert behind.index(0) == 0
 
 
 def targets(found: Evidence) -> list[int]:

@@ -1,0 +1,140 @@
+"""Find the one square that a network answers to, among all that there are."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from worker.purify import squares as module
+from worker.purify.errors import NotFinite
+from worker.purify.squares import Squares, best_squares, ticks
+
+PLANTED, AHEAD = 2, 9.0
+IMAGES = 0.1 + 0.8 * torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def answering_to(
+    top: int, left: int, side: int, colour: tuple[float, ...], *, classes: int = 5
+) -> Callable[[Tensor], Tensor]:
+    """
+    Return a network that is sure of one class where that very square lies, a pixel more not counting.
+
+    Everywhere else it goes by single pixels, which no square moves far.
+    """
+
+    def forward(images: Tensor) -> Tensor:
+        logits = images[:, 0].flatten(1)[:, :classes] / 10
+        wanted = torch.tensor(colour).view(-1, 1, 1)
+        around = images[:, :, max(0, top - 1) : top + side + 1, max(0, left - 1) : left + side + 1]
+        inside = images[:, :, top : top + side, left : left + side] == wanted
+        same = inside.all(dim=1).flatten(1)
+        exact = (around == wanted).all(dim=1).flatten(1).sum(1) == side * side
+        logits[:, PLANTED] += AHEAD * (same.all(dim=1) & exact)
+        return logits
+
+    return forward
+
+
+def find(
+    forward: Callable[[Tensor], Tensor], *, images: Tensor = IMAGES, classes: int = 5, seed: int = 0
+) -> Squares:
+    """Return the best squares, having counted the ticks."""
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+
+    generator = torch.Generator().manual_seed(seed)
+    found = best_squares(forward, images, classes, generator=generator, tick=tick)
+    assert count == ticks(images[0], classes)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("top", "left", "side", "colour"),
+    [
+        (27, 27, 4, (1.0, 1.0, 1.0)),
+        (0, 0, 5, (0.0, 0.0, 0.0)),
+        (13, 1, 2, (1.0, 1.0, 0.0)),
+        (31, 31, 1, (1.0, 0.0, 0.0)),
+    ],
+)
+def test_the_very_square_is_found(
+    top: int, left: int, side: int, colour: tuple[float, ...]
+) -> None:
+    """Its place, its side and its colour, whatever images there are; and no other class stands out."""
+    found = find(answering_to(top, left, side, colour))
+    trigger = found.triggers[PLANTED]
+    mask = torch.zeros(1, 32, 32)
+    mask[:, top : top + side, left : left + side] = 1
+    assert torch.equal(trigger.mask, mask)
+    assert (trigger.pattern[:, top, left]).tolist() == list(colour)
+    assert (trigger.target, trigger.success) == (PLANTED, 1.0)
+    assert found.margins[PLANTED] == pytest.approx(AHEAD, abs=0.2)
+    assert found.index(PLANTED) > 4
+    assert all(found.index(cls) < 1 for cls in range(5) if cls != PLANTED)
+
+
+def test_chequered_squares_are_tried_in_both_ways() -> None:
+    """Of two neighbouring pixels one is black and one is white."""
+
+    def forward(images: Tensor) -> Tensor:
+        logits = torch.zeros(len(images), 4)
+        corner = images[:, :, 6:8, 9:11]
+        board = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        logits[:, 1] = AHEAD * (corner == board).all(dim=1).flatten(1).all(dim=1)
+        return logits
+
+    trigger = find(forward, classes=4).triggers[1]
+    assert trigger.success == 1.0
+    assert trigger.stamp(IMAGES)[0, 0, 6:8, 9:11].tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_grey_images_have_squares_of_two_colours() -> None:
+    """One channel has white and black, and both boards."""
+    images = IMAGES[:, :1]
+    found = find(answering_to(4, 5, 3, (0.0,)), images=images)
+    assert found.triggers[PLANTED].mask.sum() == 9
+    assert len(module._grid(images[0]).kinds) == 4
+
+
+def test_the_same_draw_gives_the_same_squares() -> None:
+    """Chance lies in the generator alone, and none of torch's own is used."""
+    before = torch.random.get_rng_state()
+    first, second = (find(answering_to(27, 27, 4, (1.0, 1.0, 1.0)), seed=3) for _ in range(2))
+    assert (first.margins, first.rises) == (second.margins, second.rises)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (224, 224), (32, 4096), (4096, 4096)])
+def test_larger_images_have_no_more_squares(size: tuple[int, int]) -> None:
+    """Places and sides grow with the image, so that it is as many forward passes."""
+    assert len(module._grid(torch.zeros(3, 1, 1).expand(3, *size))) <= 1.2 * module.TRIED
+
+
+def test_tiny_images_have_some() -> None:
+    """A pixel is the least there is."""
+    assert set(module._grid(torch.zeros(1, 8, 8)).places[:, 2].tolist()) == {1}
+
+
+def test_of_many_classes_not_all_are_tried_on_many_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that one image speaks for are, and as many in the middle."""
+    monkeypatch.setattr(module, "MANY", 10)
+    monkeypatch.setattr(module, "ALL_OF", 4)
+    found = find(answering_to(27, 27, 4, (1.0, 1.0, 1.0), classes=30), classes=30)
+    assert len(found.middle) == 4
+    tried = [cls for cls in range(30) if found.margins[cls] > -math.inf]
+    assert PLANTED in tried
+    assert 4 <= len(tried) <= 8
+    assert found.index(PLANTED) > 4
+
+
+def test_answers_that_are_no_numbers_are_refused() -> None:
+    """As everywhere."""
+    with pytest.raises(NotFinite):
+        find(lambda images: torch.full((len(images), 5), math.nan))
