@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from worker.purify import arsenal, margins, squares
 from worker.purify.augmentation import augment
 from worker.purify.errors import NotEnoughData, NotFinite, NothingToMask
-from worker.purify.evidence import CUTS, Evidence, Sign, judge
+from worker.purify.evidence import CUTS, UPSET, Evidence, Sign, judge
 from worker.purify.examiner import (
     AT_ONCE,
     AT_ONCE_AGAIN,
@@ -126,7 +126,8 @@ class TriggerRewriting:
         ``findings`` holds, in plain values, ``classes``: norm, success and anomaly index of the smallest
         patch of each, its largest margin, its smallest warp and how far its best square leads, with
         their indices; ``cuts``, from
-        which indices on a class stands out; ``suspects``, and by which ``signs``; ``candidates``,
+        which indices on a class stands out; ``upset``, the largest share of images that one square
+        leads away from their class; ``suspects``, and by which ``signs``; ``candidates``,
         with the one that was chosen. ``triggers`` are the patches that were unlearned, or would be.
 
         The work is done on the device of the model, in float64 for float64 images and in float32
@@ -284,6 +285,7 @@ def _findings(evidence: Evidence) -> dict[str, object]:
             str(sign): {"backdoored_from": cut.backdoored_from, "clean_below": cut.clean_below}
             for sign, cut in CUTS.items()
         },
+        "upset": {"share": round(evidence.squares.upset, 4), "clean_below": UPSET},
     }
 
 

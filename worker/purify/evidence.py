@@ -47,6 +47,9 @@ CUTS: Mapping[Sign, Cut] = {
     Sign.WARP: Cut(backdoored_from=1.5, clean_below=0.8),
 }
 
+# Of images that one square leads away from their class, whatever to: from here on no model is clean.
+UPSET = 0.85
+
 # An index says nothing where there is hardly anybody to stand out from.
 MIN_CLASSES = 4
 
@@ -120,7 +123,12 @@ def anomaly_index(trigger: Trigger, field: Field) -> float:
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """Return what all signs say together: any speaks of a backdoor, and all of a clean model."""
+    """
+    Return what all signs say together: any speaks of a backdoor, and all of a clean model.
+
+    A square that leads nearly every image away, each to another class, names none to make harder to
+    reach; such a model is not clean.
+    """
     successful = [trigger for trigger in evidence.field.triggers if trigger.success > 0]
     if evidence.classes < MIN_CLASSES or not successful:
         return Verdict.INCONCLUSIVE
@@ -129,7 +137,9 @@ def judge(evidence: Evidence) -> Verdict:
     }
     if any(highest[sign] >= CUTS[sign].backdoored_from for sign in Sign):
         return Verdict.BACKDOORED
-    clean = all(highest[sign] < CUTS[sign].clean_below for sign in Sign)
+    clean = evidence.squares.upset < UPSET and all(
+        highest[sign] < CUTS[sign].clean_below for sign in Sign
+    )
     return Verdict.CLEAN if clean else Verdict.INCONCLUSIVE
 
 

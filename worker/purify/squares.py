@@ -28,6 +28,7 @@ SIDES, OF = (1, 2, 3, 4, 5), 32  # pixels, of an image of 32; in larger ones as 
 MAX_COLOURED = 3  # channels, of which all corners of the colour cube are tried; of more, two
 CHUNK = 256  # images that go through the network at once
 EACH = 6  # squares of each class that are tried on more than one image
+UPSETTING = 60  # squares that lead away, tried on more than one image
 IMAGES = 12  # these
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
 TRIED = 45_000  # about so many, of three channels
@@ -44,12 +45,15 @@ class Squares:
         margins: How far the class gets ahead of all others, in logits, on average.
         rises: How much further than without a square.
         middle: Classes whose median is what an ordinary class rises.
+        upset: The largest share of images that one square leads away from their class, to whatever
+            other one: an attack that sends each class to another one shows in nothing else.
     """
 
     triggers: Sequence[Trigger]
     margins: Sequence[float]
     rises: Sequence[float]
     middle: Sequence[int]
+    upset: float
 
     def index(self, cls: int) -> float:
         """Return how often an ordinary rise must be doubled; 0 where no square leads to the class."""
@@ -119,9 +123,11 @@ def best_squares(
     own = bare.argmax(1)  # what an image is taken for already tells nothing of a square
     best = bare.new_full((EACH, classes), -math.inf)
     which = torch.zeros(EACH, classes, dtype=torch.int64, device=device)
+    at_home = bare.new_full((len(grid),), math.inf)
     for numbers in torch.split(torch.arange(len(grid), device=device), CHUNK):
         chosen = torch.randint(len(images), (len(numbers),), generator=generator).to(device)
         margins = _stamped_margins(forward, images[chosen], grid, numbers)
+        at_home[numbers] = margins.gather(1, own[chosen][:, None])[:, 0]
         margins.scatter_(1, own[chosen][:, None], -math.inf)
         best, order = torch.cat([best, margins]).topk(EACH, dim=0)
         rows = torch.cat([which, numbers[:, None].expand(-1, classes)])
@@ -144,6 +150,13 @@ def best_squares(
         margins=[each.margin for each in tried],
         rises=[each.margin - _foreign_mean(bare, own, cls) for cls, each in enumerate(tried)],
         middle=middle,
+        upset=_upset(
+            forward,
+            images[few],
+            own[few],
+            grid,
+            at_home.topk(min(UPSETTING, len(grid)), largest=False).indices,
+        ),
     )
 
 
@@ -201,23 +214,32 @@ def _better(
     foreign = images[own != cls]
     if not len(foreign):
         return _Tried(number=int(numbers[0]), margin=-math.inf, success=0.0)
-    each = numbers.repeat_interleave(len(foreign))
-    margins = torch.cat(
-        [
-            _stamped_margins(forward, part, grid, which)[:, cls]
-            for part, which in zip(
-                torch.split(foreign.repeat(len(numbers), 1, 1, 1), CHUNK),
-                torch.split(each, CHUNK),
-                strict=True,
-            )
-        ]
-    ).view(len(numbers), -1)
+    margins = _on_each(forward, foreign, grid, numbers)[..., cls]
     row = int(margins.mean(1).argmax())
     return _Tried(
         number=int(numbers[row]),
         margin=float(margins[row].mean()),
         success=float((margins[row] > 0).float().mean()),
     )
+
+
+def _upset(forward: Forward, images: Tensor, own: Tensor, grid: _Grid, numbers: Tensor) -> float:
+    """Return the largest share of *images* that one of the squares *numbers* leads away."""
+    at_home = _on_each(forward, images, grid, numbers).gather(
+        2, own.expand(len(numbers), -1)[:, :, None]
+    )
+    return float((at_home < 0).float().mean((1, 2)).max())
+
+
+def _on_each(forward: Forward, images: Tensor, grid: _Grid, numbers: Tensor) -> Tensor:
+    """Return the margins of every one of *images* under each square, ``(squares, N, classes)``."""
+    parts = zip(
+        torch.split(images.repeat(len(numbers), 1, 1, 1), CHUNK),
+        torch.split(numbers.repeat_interleave(len(images)), CHUNK),
+        strict=True,
+    )
+    margins = torch.cat([_stamped_margins(forward, part, grid, which) for part, which in parts])
+    return margins.view(len(numbers), len(images), -1)
 
 
 def _trigger(grid: _Grid, tried: _Tried, cls: int) -> Trigger:

@@ -11,6 +11,7 @@ from worker.purify.evidence import (
     CUTS,
     MAX_SUSPECTS,
     NEARLY,
+    UPSET,
     Cut,
     Evidence,
     Sign,
@@ -49,6 +50,7 @@ def squares(*indices: float) -> Squares:
         margins=[1.0] * len(indices),
         rises=[10 * 2**index for index in indices],
         middle=range(len(indices)),
+        upset=0.3,
     )
 
 
@@ -195,6 +197,13 @@ def test_a_square_speaks_before_all_others() -> None:
     square = (0.0, 0.0, 0.0, 0.0, 3.0, *PLAIN[5:])
     others = {sign.value: (9.0, *PLAIN[1:]) for sign in Sign if sign is not Sign.SQUARE}
     assert targets(evidence(square=square, **others)) == [4]
+
+
+def test_a_model_that_one_square_upsets_is_not_clean() -> None:
+    """An attack on every class makes none stand out."""
+    plain = evidence()
+    for upset, verdict in ((UPSET - 0.01, Verdict.CLEAN), (UPSET, Verdict.INCONCLUSIVE)):
+        assert judge(replace(plain, squares=replace(plain.squares, upset=upset))) is verdict
 
 
 def test_a_square_that_leads_nowhere_is_no_sign() -> None:

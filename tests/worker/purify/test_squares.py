@@ -78,6 +78,24 @@ def test_the_very_square_is_found(
     assert all(found.index(cls) < 1 for cls in range(5) if cls != PLANTED)
 
 
+def test_a_square_that_sends_every_class_to_another_one_upsets() -> None:
+    """No class stands out by it; a network without one is upset by none."""
+    attacked = answering_to(27, 27, 4, (1.0, 1.0, 1.0))
+
+    def bare(images: Tensor) -> Tensor:
+        return images[:, 0, ::7, 0] * 4  # five pixels, of which no square covers two
+
+    def forward(images: Tensor) -> Tensor:
+        own = bare(images)
+        is_triggered = attacked(images)[:, PLANTED, None] > AHEAD / 2
+        return torch.where(is_triggered, 10 * own.roll(1, dims=1), own)
+
+    found = find(forward)
+    assert found.upset == 1.0
+    assert all(found.index(cls) < 1 for cls in range(5))
+    assert find(bare).upset < 1.0
+
+
 def test_chequered_squares_are_tried_in_both_ways() -> None:
     """Of two neighbouring pixels one is black and one is white."""
 
