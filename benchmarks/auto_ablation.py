@@ -87,6 +87,7 @@ VARIANTS = {
     "no nearly closed starts": Variant(patched=half_open_starts),
     "triggers not widened": Variant(given={"reach": 0}),
     "triggers not recoloured": Variant(patched=recovered_colours),
+    "no squares": Variant(patched=functools.partial(without, Sign.SQUARE)),
     "no margins": Variant(patched=functools.partial(without, Sign.MARGIN)),
     "no warps": Variant(patched=functools.partial(without, Sign.WARP)),
     "no second search": Variant(given={"rounds": 0}),

@@ -110,13 +110,13 @@ def _resolve(given: AutoParameters, samples: Samples) -> AutoParameters:
 AUTO: Method[AutoParameters] = Method(
     name="auto",
     description=(
-        "Recover triggers and rewrite the last layers: search the smallest patch and warp of every class "
-        "(after Neural Cleanse, Wang et al., IEEE S&P 2019) and its largest margin (MM-BD, Wang et al., "
-        "IEEE S&P 2024), give a verdict by the classes that stand out, and rewrite the last layers in "
-        "closed form so that stamped images are answered as clean ones and clean ones as before; search "
-        "again, and choose by fresh evidence. Only a "
-        "model that is found backdoored is changed; where the verdict is inconclusive the rewritten ones "
-        "are further candidates."
+        "Recover triggers and rewrite the last layers: try small squares at every place, search the "
+        "smallest patch and warp of every class (after Neural Cleanse, Wang et al., IEEE S&P 2019) "
+        "and its largest margin (MM-BD, Wang et al., IEEE S&P 2024), give a verdict by the classes "
+        "that stand out, and rewrite the last layers in closed form so that stamped images are "
+        "answered as clean ones and clean ones as before; search again, and choose by fresh evidence. "
+        "Only a model that is found backdoored is changed; where the verdict is inconclusive the "
+        "rewritten ones are further candidates."
     ),
     parameters=AutoParameters,
     preset=_resolve,
