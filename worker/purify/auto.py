@@ -102,7 +102,8 @@ class TriggerRewriting:
         """Return about how many forward passes of one image a run with *images* samples takes."""
         again = self.rounds + len(self.strengths)
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
-        searches += margins.GLANCE_STEPS * margins.AT_ONCE + (1 + self.rounds) * squares.TRIED // 3
+        searches += margins.GLANCE_STEPS * margins.AT_ONCE
+        searches += (1 + self.rounds) * squares.TRIED // 3  # these have no backward pass
         searches += (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool = min(images * (1 + self.copies), MAX_POOL)
@@ -124,11 +125,11 @@ class TriggerRewriting:
         Any other is returned as it came, unless forced; one of which nothing certain can be said has the
         rewritten models as further ``candidates``. The verdict is about the model as it came.
         ``findings`` holds, in plain values, ``classes``: norm, success and anomaly index of the smallest
-        patch of each, its largest margin, its smallest warp and how far its best square leads, with
-        their indices; ``cuts``, from
-        which indices on a class stands out; ``upset``, the largest share of images that one square
-        leads away from their class; ``suspects``, and by which ``signs``; ``candidates``,
-        with the one that was chosen. ``triggers`` are the patches that were unlearned, or would be.
+        patch of each, its largest margin, its smallest warp and the success of its best square, with
+        their indices; ``cuts``, from which indices on a class stands out; ``upset``, the largest share
+        of images that one square leads away from their class; ``suspects``, and by which ``signs``;
+        ``candidates``, with the one that was chosen. ``triggers`` are the patches and squares that were
+        unlearned, or would be.
 
         The work is done on the device of the model, in float64 for float64 images and in float32
         otherwise. Torch's global generator is neither used nor changed.

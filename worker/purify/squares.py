@@ -114,7 +114,7 @@ def best_squares(
         tick: Called after each chunk of squares, and for each class.
 
     Raises:
-        NotFinite: The logits are not.
+        NotFinite: The logits are not, or there is no second class to get ahead of.
     """
     device = images.device
     grid = _grid(images[0])
@@ -200,7 +200,7 @@ def _stamped_margins(forward: Forward, images: Tensor, grid: _Grid, numbers: Ten
 
 def _margins(logits: Tensor) -> Tensor:
     """Return how far each class is ahead of the best other one, ``(B, classes)``."""
-    if not bool(logits.isfinite().all()):
+    if logits.shape[1] < 2 or not bool(logits.isfinite().all()):
         raise NotFinite
     (first, second), (leader, _) = (each.unbind(1) for each in logits.topk(2, dim=1))
     ahead = logits - first[:, None]
@@ -247,7 +247,7 @@ def _trigger(grid: _Grid, tried: _Tried, cls: int) -> Trigger:
     return Trigger(
         target=cls,
         mask=grid.masks(number)[0].to(grid.kinds.dtype),
-        pattern=grid.patterns(number)[0].clone(),
+        pattern=grid.kinds[tried.number % len(grid.kinds)],  # a view: there may be many classes
         success=tried.success,
     )
 

@@ -152,6 +152,12 @@ def test_of_many_classes_not_all_are_tried_on_many_images(
     assert found.index(PLANTED) > 4
 
 
+def test_a_network_of_one_class_is_refused() -> None:
+    """There is no other one to get ahead of."""
+    with pytest.raises(NotFinite):
+        find(lambda images: images[:, 0, 0, :1], classes=1)
+
+
 def test_answers_that_are_no_numbers_are_refused() -> None:
     """As everywhere."""
     with pytest.raises(NotFinite):
