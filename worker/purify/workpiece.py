@@ -13,7 +13,7 @@ from worker.purify.method import Progress
 from worker.purify.metrics import Preprocess
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_VECTOR_FLOATS = 16
+_VECTOR_FLOATS = 16  # of the widest vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ def laid_out(tensor: Tensor) -> Tensor:
 
 def laid_out_for(model: nn.Module, tensor: Tensor) -> Tensor:
     """Return a weight of *model*, or its images, ``laid_out`` if its weights can be learned so."""
-    return tensor if _miscomputes_channels_last(model) else laid_out(tensor)
+    return tensor.contiguous() if _miscomputes_channels_last(model) else laid_out(tensor)
 
 
 def _miscomputes_channels_last(model: nn.Module) -> bool:

@@ -50,6 +50,7 @@ def test_a_narrow_shortcut_learns_from_right_gradients(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("came_in_channels_last", [False, True])
 @pytest.mark.parametrize(
     ("shortcut", "is_channels_last"),
     [
@@ -61,14 +62,18 @@ def test_a_narrow_shortcut_learns_from_right_gradients(
     ],
 )
 def test_only_networks_that_need_it_go_without_channels_last(
-    shortcut: nn.Conv2d, is_channels_last: bool
+    shortcut: nn.Conv2d, is_channels_last: bool, came_in_channels_last: bool
 ) -> None:
-    """The others keep the faster layout, in their weights and in the images."""
+    """The others keep the faster layout, in their weights and in the images, however these came."""
     model = nn.Sequential(
         nn.Conv2d(3, shortcut.in_channels, 3), shortcut, nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
+    images = torch.rand(2, 3, 8, 8)
+    if came_in_channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images.contiguous(memory_format=torch.channels_last)
 
-    work = prepare(model, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), None)
+    work = prepare(model, images, torch.tensor([0, 1]), None)
 
     for tensor in (work.model.get_parameter("0.weight"), work.images):
         assert tensor.is_contiguous(memory_format=torch.channels_last) == is_channels_last
