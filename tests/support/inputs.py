@@ -8,10 +8,26 @@ import torch
 from torch import Tensor
 
 from common.catalogue.architectures import ResNetArguments, SmallCnnArguments
+from common.formats.model import ModelFormat
+from common.spec import JobSpec, ModelInput, SamplesInput
 from worker.architectures.registry import build
 
 SIDE = 8
 CLASSES = 4
+
+SPEC = JobSpec(
+    model=ModelInput(name="m.pt", sha256="0" * 64, bytes=1, format=ModelFormat.TORCH),
+    samples=SamplesInput(
+        sha256="0" * 64, bytes=1, count=20, classes=CLASSES, image_shape=(3, SIDE, SIDE)
+    ),
+    architecture="small_cnn",
+    architecture_args={},
+    classes=CLASSES,
+    method="none",
+    params={},
+    seed=0,
+)
+"""A job on these, of which no digest and no size is looked at."""
 
 
 def resnet_state(*, classes: int = CLASSES, seed: int = 0) -> dict[str, Tensor]:

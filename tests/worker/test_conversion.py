@@ -8,28 +8,14 @@ import safetensors.torch
 import torch
 
 from common.errors import InternalError
-from common.formats.model import ModelFormat
 from common.formats.samples import Purpose
-from common.spec import JobSpec, ModelInput, SamplesInput
 from tests.service.forms import in_safetensors
-from tests.support.inputs import CLASSES, npz, samples, saved
+from tests.support.inputs import CLASSES, SPEC, npz, samples, saved
 from worker import containers
 from worker.conversion import Uploads, convert, load
 from worker.interchange import NAMES, WEIGHTS
 from worker.samples import load_samples
 
-SPEC = JobSpec(
-    model=ModelInput(name="m.pt", sha256="0" * 64, bytes=1, format=ModelFormat.TORCH),
-    samples=SamplesInput(
-        sha256="0" * 64, bytes=1, count=20, classes=CLASSES, image_shape=(3, 8, 8)
-    ),
-    architecture="small_cnn",
-    architecture_args={},
-    classes=CLASSES,
-    method="none",
-    params={},
-    seed=0,
-)
 TIED = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
 STATE = {
     "z": TIED,

@@ -13,25 +13,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from common.spec import JobSpec, ModelInput, SamplesInput
-from tests.support.inputs import CLASSES, cnn_state, npz, samples, saved
+from tests.support.inputs import CLASSES, SPEC, cnn_state, npz, samples, saved
 from tests.support.jail import convert, converter, needs
 from worker import sandbox
 from worker.jail import landlock, paths, seccomp
 from worker.sandbox import LAYERS, Jail, Layer, Stage
-
-SPEC = JobSpec(
-    model=ModelInput(name="m.pt", sha256="0" * 64, bytes=1, format="pt"),
-    samples=SamplesInput(
-        sha256="0" * 64, bytes=1, count=20, classes=CLASSES, image_shape=(3, 8, 8)
-    ),
-    architecture="small_cnn",
-    architecture_args={},
-    classes=CLASSES,
-    method="none",
-    params={},
-    seed=0,
-)
 
 
 class Touch:

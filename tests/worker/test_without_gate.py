@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from common.formats.model import ModelFormat
-from common.spec import JobSpec, ModelInput, SamplesInput
+from common.spec import JobSpec
 from tests.hostile_files import Field, HostileFile, honest_files, hostile_files
 from tests.service.forms import CHANNELS, CLASSES, SIDE, parts
+from tests.support.inputs import SPEC
 from tests.support.jail import LIMITS, needs
 from tests.support.unpickler import PLAIN_UNPICKLER
 from worker import sandbox
@@ -95,19 +96,15 @@ class Converter:
 
 
 def _spec(model_format: ModelFormat, *, with_evaluation: bool) -> JobSpec:
-    samples = SamplesInput(
-        sha256="0" * 64, bytes=1, count=CLASSES, classes=CLASSES, image_shape=(CHANNELS, SIDE, SIDE)
-    )
-    return JobSpec(
-        model=ModelInput(name="m", sha256="0" * 64, bytes=1, format=model_format),
-        samples=samples,
-        evaluation=samples if with_evaluation else None,
-        architecture="small_cnn",
-        architecture_args={},
-        classes=CLASSES,
-        method="none",
-        params={},
-        seed=0,
+    shape = (CHANNELS, SIDE, SIDE)
+    samples = SPEC.samples.model_copy(update={"classes": CLASSES, "image_shape": shape})
+    return SPEC.model_copy(
+        update={
+            "model": SPEC.model.model_copy(update={"format": model_format}),
+            "samples": samples,
+            "evaluation": samples if with_evaluation else None,
+            "classes": CLASSES,
+        }
     )
 
 
