@@ -56,7 +56,7 @@ class AutoParameters(MethodParameters):
     strengths: Strengths | None = Field(
         None,
         description="Weights of the stamped images against the clean ones. Each gives a candidate, and "
-        "evidence chooses one. Preset: 0.03, 0.1, 0.3, 1.0.",
+        "evidence chooses one. Preset: 0.1, 0.3, 1.0.",
     )
     copies: Copies | None = Field(
         None,
@@ -96,7 +96,7 @@ def _resolve(given: AutoParameters, samples: Samples) -> AutoParameters:
         "restart_steps": steps,
         "layers": 3,
         "ridge": 0.03,
-        "strengths": [0.03, 0.1, 0.3, 1.0],
+        "strengths": [0.1, 0.3, 1.0],
         "copies": 40,
         # Grey images and many classes are mostly digits, letters or signs.
         "flip": samples.image_shape[0] == 3 and samples.classes <= 10,

@@ -14,37 +14,59 @@ What was tried instead, with numbers, is in docs/decisions/0005-auto.md. No step
 target class, or the success of an attack.
 """
 
-import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from worker.purify import arsenal, margins, squares
-from worker.purify.augmentation import augment
+from worker.purify.arsenal import Arsenal
+from worker.purify.augmentation import AREA, augment, mixed_in_pairs, pasted_in_pairs, some
 from worker.purify.errors import NotEnoughData, NotFinite, NothingToMask
 from worker.purify.evidence import CUTS, UPSET, Evidence, Sign, judge
 from worker.purify.examiner import (
     AT_ONCE,
     AT_ONCE_AGAIN,
     FRESH_PATCHES_PER_STEP,
-    UNCHANGED,
-    Candidate,
     Effort,
     Examiner,
 )
 from worker.purify.method import Progress, Purified
 from worker.purify.metrics import Preprocess
 from worker.purify.precision import PRECISIONS, Precision
-from worker.purify.rewriting import Pairs, rewritable, rewrite
+from worker.purify.rewriting import Pairs, rewritable, rewritten
 from worker.purify.search import IMAGES_PER_WARP, PATCHES_PER_STEP, SMALLEST_WARPS, WARP_STEPS
+from worker.purify.trials import UNCHANGED, Candidate, Unlearned
 from worker.purify.verdict import Verdict
 from worker.purify.workpiece import Workpiece, laid_out, prepare, require, ticker
 
 MAX_POOL = 600  # images to rewrite with
-MAX_POOL_VALUES = 2**27  # in half a gigabyte; there are four tensors of this size
+MAX_POOL_VALUES = 2**26  # in a quarter of a gigabyte; there are seven tensors of this size
+PARTS = 2  # of what was found: what may suffice, and everything
+LIKE_SAMPLES = (0.7, 1.0)  # of the area
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Images:
+    """
+    Hold what is made of the samples.
+
+    Attributes:
+        crops: Their variants, to search what leads to the suspects on.
+        labels: The classes of these.
+        to_rewrite_with: The same, many of them pasted into each other and mixed: a change must keep the
+            answers to as many kinds of images as there can be made.
+        held_out: Others, mixed in pairs: near the borders between classes, where a change shows first.
+        like_samples: Others, cropped a little.
+    """
+
+    crops: Tensor
+    labels: Tensor
+    to_rewrite_with: Tensor
+    held_out: Tensor
+    like_samples: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +95,7 @@ class TriggerRewriting:
     restart_steps: int = 200
     layers: int = 3
     ridge: float = 0.03
-    strengths: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    strengths: tuple[float, ...] = (0.1, 0.3, 1.0)
     copies: int = 40
     flip: bool = False
     reach: int = 2
@@ -103,11 +125,11 @@ class TriggerRewriting:
         again = self.rounds + len(self.strengths)
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
         searches += margins.GLANCE_STEPS * margins.AT_ONCE
-        searches += (1 + self.rounds) * squares.TRIED // 3  # these have no backward pass
+        searches += squares.TRIED // 3  # these have no backward pass
         searches += (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool = min(images * (1 + self.copies), MAX_POOL)
-        return 3 * searches + again * (5 * self.layers + 15) * pool
+        return 3 * searches + again * (3 * self.layers + 15) * pool
 
     def purify(
         self,
@@ -161,7 +183,7 @@ class TriggerRewriting:
             restart_steps=self.restart_steps,
             reach=self.reach,
         )
-        to_do = self.rounds, len(self.strengths)
+        to_do = self.rounds, PARTS * len(self.strengths)
         tick = ticker(progress, effort.ticks(images[0], classes, *to_do))
         examiner = Examiner(
             work, classes, effort, precision=self.precision, generator=generator, tick=tick
@@ -171,35 +193,31 @@ class TriggerRewriting:
             examiner.skip(*to_do)
             return Purified(verdict=verdict, findings=findings, computed_in=examiner.computed_in)
 
-        pool, pool_labels, held_out = self._variants(work, generator)
-        known, fresh = examiner.gather(pool, pool_labels)
+        made = self._variants(work, generator)
+        known, fresh = examiner.gather(made.crops, made.labels)
         strengths = sorted(self.strengths)
 
-        def rewritten(strength: float, stamped: Tensor) -> nn.Module:
-            result = copy.deepcopy(work.model)
-            rewrite(
-                result,
-                work.model,
-                _runner(work),
-                Pairs(clean=pool, stamped=stamped),
-                layers,
-                strength=strength,
-                ridge=self.ridge,
-            )
-            return result
+        def results(stamped: Tensor, strengths: Sequence[float]) -> list[nn.Module]:
+            pairs = Pairs(clean=made.to_rewrite_with, stamped=stamped)
+            run = _runner(work)
+            return rewritten(work.model, run, pairs, layers, strengths=strengths, ridge=self.ridge)
 
-        stamped = examiner.stamp(pool, known)
+        least = examiner.least(known)
         for _ in range(self.rounds):
-            result = rewritten(strengths[len(strengths) // 2], stamped)
-            known = examiner.with_what_is_still_easy(known, result, pool, pool_labels)
-            stamped = examiner.stamp(pool, known)
-        trials = examiner.trials(held_out, known, fresh)
-        candidates = [
-            examiner.weigh(rewritten(strength, stamped), strength, trials) for strength in strengths
-        ]
-        if verdict is Verdict.BACKDOORED or self.force:
-            chosen = max(candidates, key=lambda candidate: candidate.score)  # the mildest of equals
-        else:
+            stamped = examiner.stamp(made.to_rewrite_with, known)
+            (result,) = results(stamped, strengths[len(strengths) // 2 :][:1])
+            known = examiner.with_what_is_still_easy(known, result, made.crops, made.labels)
+        parts: dict[Unlearned, Arsenal] = {**least, "everything": known}
+        weighed = []
+        for unlearned, part in parts.items():
+            trials = examiner.trials(made.held_out, made.like_samples, part, fresh)
+            stamped = examiner.stamp(made.to_rewrite_with, part)
+            weighed += [
+                examiner.weigh(result, trials, strength=strength, unlearned=unlearned)
+                for result, strength in zip(results(stamped, strengths), strengths, strict=True)
+            ]
+        candidates, chosen = examiner.best(weighed, planned=to_do[1])
+        if verdict is not Verdict.BACKDOORED and not self.force:
             # What may be innocent is not paid for with accuracy.
             candidates, chosen = [UNCHANGED, *candidates], UNCHANGED
         return Purified(
@@ -218,24 +236,31 @@ class TriggerRewriting:
             computed_in=examiner.computed_in,
         )
 
-    def _variants(
-        self, work: Workpiece, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """
-        Return variants of the images to rewrite with, their labels, and others to measure agreement on.
-
-        The latter are mixed in pairs: closer to the borders between classes, where a change shows first.
-        """
+    def _variants(self, work: Workpiece, generator: torch.Generator) -> _Images:
         count = len(work.images)
         room = min(MAX_POOL, MAX_POOL_VALUES // work.images[0].numel()) // count - 1
         copies = min(self.copies, max(0, room))
-        (pool, labels), (others, _) = (
-            augment(work.images, work.labels, copies=copies, flip=self.flip, generator=generator)
-            for _ in range(2)
+
+        def variants(area: tuple[float, float]) -> tuple[Tensor, Tensor]:
+            return augment(
+                work.images,
+                work.labels,
+                copies=copies,
+                flip=self.flip,
+                area=area,
+                generator=generator,
+            )
+
+        crops, labels = variants(AREA)
+        pasted = some(crops, pasted_in_pairs(crops, generator), generator)
+        mixed = some(pasted, mixed_in_pairs(pasted, generator), generator)
+        return _Images(
+            crops=laid_out(crops),
+            labels=labels,
+            to_rewrite_with=laid_out(mixed),
+            held_out=laid_out(mixed_in_pairs(variants(AREA)[0], generator)),
+            like_samples=laid_out(variants(LIKE_SAMPLES)[0]),
         )
-        order = torch.randperm(len(others), generator=generator).to(others.device)
-        share = (torch.rand(len(others), 1, 1, 1, generator=generator) / 2).to(others)
-        return laid_out(pool), labels, laid_out(others * (1 - share) + others[order] * share)
 
 
 def _classes(work: Workpiece) -> int:
@@ -293,7 +318,9 @@ def _findings(evidence: Evidence) -> dict[str, object]:
 def _described(candidate: Candidate, chosen: Candidate) -> dict[str, object]:
     return {
         "strength": candidate.strength,
+        "unlearned": candidate.unlearned,
         "agreement": round(candidate.agreement, 4),
+        "lost": round(candidate.lost, 4),
         "residual": round(candidate.residual, 4),
         "chosen": candidate is chosen,
     }

@@ -5,6 +5,7 @@ Everything that ``auto`` decides by comes from here, and nothing here sees a tru
 or the success of an attack.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -31,7 +32,8 @@ from worker.purify.search import (
     ticks,
     worst_warp,
 )
-from worker.purify.squares import Squares, best_squares
+from worker.purify.squares import best_squares, still_leading
+from worker.purify.trials import Candidate, Stamped, Trials, Unlearned, lead, logits
 from worker.purify.trigger import Field, Trigger
 from worker.purify.variants import stamp_variants
 from worker.purify.verdict import Verdict
@@ -39,76 +41,15 @@ from worker.purify.workpiece import Workpiece, laid_out
 
 MIN_PATCHES = 3  # per trigger and step of a search for the suspects alone
 FRESH_PATCHES_PER_STEP = 32
-CHUNK = 256
 EASY_FROM = 0.4  # index, from which on a fresh patch is unlearned as well
 HARDLY_LARGER = 1.5
+
+# What may be paid for an attack that nothing of what was found looks like: of the answers, so many.
+UNSEEN = 0.005
 
 AT_ONCE, HELD_OUT_ONE_IN = 20, 5  # perturbations and warps, on the original
 AT_ONCE_AGAIN = 8  # on a result
 PROBE_IMAGES = 8
-
-# Of the mixed images more change their class than of real ones: docs/decisions/0005-auto.md.
-BORDERLINE = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """
-    Hold one result and what speaks for it.
-
-    Attributes:
-        strength: Weight of the stamped images against the clean ones; 0 is the model as it came.
-        agreement: Share of held-out images, mixed of the samples, that get the original's class.
-        residual: What triggers still achieve; ``Examiner.residual`` says how it is measured.
-        values: Its tensors that differ from the original's.
-    """
-
-    strength: float
-    agreement: float
-    residual: float
-    values: dict[str, Tensor]
-
-    @property
-    def score(self) -> float:
-        """Fidelity, as far as it can be seen without the attack."""
-        return (1 - BORDERLINE * (1 - self.agreement)) * (1 - self.residual)
-
-
-UNCHANGED = Candidate(strength=0.0, agreement=1.0, residual=1.0, values={})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stamped:
-    """
-    Hold held-out images under one thing that leads to a class.
-
-    Attributes:
-        target: That class.
-        images: ``(n, C, H, W)``.
-        control: The same images under something random of the same kind and size.
-        stronger: Whether what is stamped is stronger than a trigger would be.
-    """
-
-    target: int
-    images: Tensor
-    control: Tensor
-    stronger: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trials:
-    """
-    Held-out images to try every candidate on.
-
-    Attributes:
-        images: ``(N, C, H, W)``, clean.
-        before: The original's answers to these.
-        stamped: Parts of them, one for everything that leads to a suspect.
-    """
-
-    images: Tensor
-    before: Tensor
-    stamped: list[Stamped]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +72,12 @@ class Effort:
     def ticks(self, image: Tensor, classes: int, rounds: int, results: int) -> int:
         """Return how often an examiner ticks that goes on for *rounds* and weighs *results*."""
         first = ticks(self.steps, classes) + self.steps + margins.ticks(classes) + WARP_STEPS
-        again = self.ticks_after_verdict(image, classes, rounds, results)
+        again = self.ticks_after_verdict(rounds, results)
         return first + squares.ticks(image, classes) + again
 
-    def ticks_after_verdict(self, image: Tensor, classes: int, rounds: int, results: int) -> int:
+    def ticks_after_verdict(self, rounds: int, results: int) -> int:
         """Return how many of these come after the verdict."""
-        again = arsenals.TICKS + squares.ticks(image, classes)
-        return arsenals.TICKS + rounds * again + (rounds + results) * self.restart_steps
+        return (1 + rounds) * arsenals.TICKS + (rounds + results) * self.restart_steps
 
 
 class Examiner:
@@ -173,8 +113,7 @@ class Examiner:
 
     def skip(self, rounds: int, results: int) -> None:
         """Count what comes after the verdict as done."""
-        image, classes = self._work.images[0], self._classes
-        self._pass_over(self._effort.ticks_after_verdict(image, classes, rounds, results))
+        self._pass_over(self._effort.ticks_after_verdict(rounds, results))
 
     def _pass_over(self, ticks: int) -> None:
         for _ in range(ticks):
@@ -185,7 +124,14 @@ class Examiner:
         work, steps = self._work, self._effort.steps
         given = (self._original, work.images, work.labels)
         generator, tick = self._generator, self._tick
-        found_squares = self._squares(self._original)
+        # What is drawn after the squares does not depend on them.
+        found_squares = best_squares(
+            self._original,
+            work.images,
+            self._classes,
+            generator=generator.clone_state(),
+            tick=tick,
+        )
         largest = largest_margins(
             self._original, work.images[0], self._classes, generator=generator, tick=tick
         )
@@ -207,38 +153,41 @@ class Examiner:
         self._pass_over(steps)
         return found
 
-    def _squares(self, forward: Forward) -> Squares:
-        """Return the squares that lead furthest; what is drawn after them does not depend on them."""
-        return best_squares(
-            forward,
-            self._work.images,
-            self._classes,
-            generator=self._generator.clone_state(),
-            tick=self._tick,
-        )
-
     def gather(self, images: Tensor, labels: Tensor) -> tuple[Arsenal, Arsenal]:
         """Return what leads to the suspects, found on *images*: to unlearn, and to try results on."""
-        patches = [
-            found.triggers[each.target]
+        squares = [
+            self.evidence.squares.triggers[each.target]
             for each in self.suspects
-            for sign, found in (
-                (Sign.SQUARE, self.evidence.squares),
-                (Sign.PATCH, self.evidence.field),
-            )
-            if sign in each.signs or (sign is Sign.PATCH and not each.signs)
+            if Sign.SQUARE in each.signs
+        ]
+        patches = [
+            self.evidence.field.triggers[each.target]
+            for each in self.suspects
+            if Sign.PATCH in each.signs or not each.signs
         ]
         found = Arsenal.gather(
             self._original,
             images,
             labels,
             self.suspects,
-            patches,
+            [*squares, *patches],
             at_once=AT_ONCE,
             generator=self._generator,
             tick=self._tick,
         )
         return found.split(HELD_OUT_ONE_IN)
+
+    def least(self, arsenal: Arsenal) -> dict[Unlearned, Arsenal]:
+        """
+        Return the part of *arsenal* that may suffice, if there is one.
+
+        A square is the very trigger where there is one; what goes beyond it makes a class harder to reach
+        than it was without a backdoor, and costs accuracy.
+        """
+        if not all(Sign.SQUARE in each.signs for each in self.suspects):
+            return {}
+        squares = [self.evidence.squares.triggers[each.target] for each in self.suspects]
+        return {"squares": replace(arsenal, patches=squares, perturbations=[], warps=[])}
 
     def with_what_is_still_easy(
         self, arsenal: Arsenal, result: nn.Module, images: Tensor, labels: Tensor
@@ -269,12 +218,15 @@ class Examiner:
 
     def _squares_left(self, result: nn.Module) -> list[Trigger]:
         """Return the squares of *result* that still lead to suspects that squares lead to."""
-        targets = [each.target for each in self.suspects if Sign.SQUARE in each.signs]
-        if not targets:
-            self._pass_over(squares.ticks(self._work.images[0], self._classes))
-            return []
-        found = self._squares(self._fast(result))
-        return [found.triggers[target] for target in targets if found.margins[target] > 0]
+        forward, images = self._fast(result), self._work.images
+        left = [
+            still_leading(
+                self.evidence.squares, forward, images, each.target, generator=self._generator
+            )
+            for each in self.suspects
+            if Sign.SQUARE in each.signs
+        ]
+        return [each for each in left if each is not None]
 
     def _index(self, patch: Trigger) -> float:
         """Return how far *patch*, found on a result, stands out among those of the original."""
@@ -312,68 +264,95 @@ class Examiner:
             self._original, images, reach=self._effort.reach, generator=self._generator
         )
 
-    def trials(self, held_out: Tensor, arsenal: Arsenal, fresh: Arsenal) -> Trials:
+    def trials(
+        self, held_out: Tensor, like_samples: Tensor, arsenal: Arsenal, fresh: Arsenal
+    ) -> Trials:
         """
         Return what to try every candidate on.
 
         Args:
+            held_out: Images near the borders between classes.
+            like_samples: Others.
             arsenal: What is unlearned; of its patches fresh variants are made.
             fresh: Perturbations and warps that are not unlearned.
         """
-        number = 0
-
-        def part(of: int) -> Tensor:
-            """Return the next share of the images, one at least."""
-            nonlocal number
-            number += 1
-            return held_out[(number - 1) % of % len(held_out) :: of]
-
-        stamped = [self._patched(part(len(arsenal.patches)), each) for each in arsenal.patches]
-        for kind, move in ((fresh.perturbations, perturbed), (fresh.warps, warped)):
+        everywhere = torch.arange(len(held_out), device=held_out.device)
+        patches = len(arsenal.patches)
+        stamped = [
+            # The next share of the images for each, one at least.
+            self._patched(held_out, everywhere[number % len(held_out) :: patches], patch)
+            for number, patch in enumerate(arsenal.patches)
+        ]
+        # Where a square is the trigger, perturbations show how near the class is, not what is left.
+        exact = {each.target for each in self.suspects if Sign.SQUARE in each.signs}
+        perturbations = [each for each in fresh.perturbations if each.target not in exact]
+        for kind, move in ((perturbations, perturbed), (fresh.warps, warped)):
             stamped += [
-                self._moved(held_out, [each for each in kind if each.target == target], move)
+                self._moved(
+                    held_out, everywhere, [each for each in kind if each.target == target], move
+                )
                 for target in dict.fromkeys(each.target for each in kind)
             ]
+        answers = logits(self._original, like_samples)
         return Trials(
-            images=held_out, before=_predictions(self._original, held_out), stamped=stamped
+            images=held_out,
+            before=logits(self._original, held_out),
+            leads=lead(answers, answers.argmax(dim=1)),
+            suspects=[each.target for each in self.suspects],
+            stamped=stamped,
         )
 
-    def weigh(self, result: nn.Module, strength: float, trials: Trials) -> Candidate:
+    def weigh(
+        self, result: nn.Module, trials: Trials, *, strength: float, unlearned: Unlearned
+    ) -> Candidate:
         """Return *result* with what speaks for it."""
-        answers = _predictions(self._fast(result), trials.images)
+        forward = self._fast(result)
+        agreement, lost = trials.agreement_and_loss(forward)
         return Candidate(
             strength=strength,
-            agreement=float((answers == trials.before).float().mean()),
-            residual=self.residual(result, trials),
+            unlearned=unlearned,
+            agreement=agreement,
+            lost=lost,
+            residual=trials.residual(forward),
             values=_changes(self._work.model, result),
         )
 
-    def residual(self, result: nn.Module, trials: Trials) -> float:
+    def best(
+        self, candidates: Sequence[Candidate], *, planned: int
+    ) -> tuple[list[Candidate], Candidate]:
         """
-        Return what triggers still achieve on *result*, in [0, 1].
+        Return *candidates*, and the one to take, having searched patches on it afresh.
 
-        It is the largest of two: the success, on held-out images, of fresh variants of what was
-        unlearned, less that of something random of the same size, for patches squared since variants
-        of these are stronger than a trigger; and the highest index of fresh patches, as a share of the
-        first one's.
+        What such a search finds can only add to a residual, so only those are searched that lead.
+
+        Args:
+            planned: How many there might have been; each has its ticks.
         """
-        forward = self._fast(result)
-        left = [0.0]
-        for each in trials.stamped:
-            excess = _success(forward, each.images, each.target) - _success(
-                forward, each.control, each.target
-            )
-            left.append(max(0.0, excess) ** (2 if each.stronger else 1))
+        weighed, searched = list(candidates), set[int]()
+        while not searched.issuperset(leaders := _leaders(weighed)):
+            number = next(number for number in leaders if number not in searched)
+            weighed[number] = self._searched(weighed[number])
+            searched.add(number)
+        self._pass_over((planned - len(searched)) * self._effort.restart_steps)
+        return weighed, weighed[leaders[-1]]
+
+    def _searched(self, candidate: Candidate) -> Candidate:
+        """Return *candidate* with what fresh patches achieve: their highest index, in first ones."""
+        result = copy.deepcopy(self._work.model)
+        result.load_state_dict(candidate.values, strict=False)
+        left = [candidate.residual]
         for patch in self._afresh(result):
             first = self.evidence.index(Sign.PATCH, patch.target)
             if first > 0:
                 left.append(self._index(patch) / first)
-        return min(1.0, max(left))
+        return replace(candidate, residual=min(1.0, max(left)))
 
-    def _patched(self, images: Tensor, patch: Trigger) -> Stamped:
+    def _patched(self, held_out: Tensor, at: Tensor, patch: Trigger) -> Stamped:
+        images = held_out[at]
         noise = torch.rand(patch.pattern.shape, generator=self._generator).to(images)
         return Stamped(
             target=patch.target,
+            at=at,
             images=stamp_variants(
                 self._original,
                 images,
@@ -387,11 +366,12 @@ class Examiner:
 
     def _moved(
         self,
-        images: Tensor,
+        held_out: Tensor,
+        at: Tensor,
         found: Sequence[Found],
         move: Callable[[Tensor, Sequence[Found], torch.Generator], Tensor],
     ) -> Stamped:
-        """Return *images* perturbed or warped, with the same numbers in another order as control."""
+        """Return the images perturbed or warped, with the same numbers in another order as control."""
 
         def shuffled(each: Found) -> Found:
             (shape,) = each.shapes
@@ -400,8 +380,9 @@ class Examiner:
 
         return Stamped(
             target=found[0].target,
-            images=move(images, found, self._generator),
-            control=move(images, [shuffled(each) for each in found], self._generator),
+            at=at,
+            images=move(held_out[at], found, self._generator),
+            control=move(held_out[at], [shuffled(each) for each in found], self._generator),
             stronger=False,
         )
 
@@ -419,20 +400,19 @@ class Examiner:
         return forward
 
 
+def _leaders(candidates: Sequence[Candidate]) -> tuple[int, int]:
+    """Return which has the highest score, and which changes most of those that hardly have less."""
+    scores = [candidate.score for candidate in candidates]
+    first = scores.index(max(scores))
+    close = [n for n, score in enumerate(scores) if score >= scores[first] - UNSEEN]
+    return first, min(close, key=lambda number: candidates[number].agreement)
+
+
 def _with_small_ones(known: Sequence[Found], found: Sequence[Found]) -> list[Found]:
     """Return *known*, and those *found* that are not much larger than the median of these."""
     norms = [each.norm for each in known if isfinite(each.norm)]
     largest = HARDLY_LARGER * median(norms) if norms else 0.0
     return [*known, *(each for each in found if each.norm <= largest)]
-
-
-def _success(forward: Forward, images: Tensor, target: int) -> float:
-    return float((_predictions(forward, images) == target).float().mean())
-
-
-def _predictions(forward: Forward, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([forward(chunk).argmax(dim=1) for chunk in torch.split(images, CHUNK)])
 
 
 def _changes(original: nn.Module, result: nn.Module) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ Editing Factual Associations in GPT", NeurIPS 2022, https://arxiv.org/abs/2202.0
 trigger's shift of the features as the association that is overwritten.
 """
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,51 +73,38 @@ def rewritable(model: nn.Module, forward: Forward, image: Tensor) -> list[str]:
     return [name for name in calls if calls.count(name) == 1]
 
 
-def rewrite(
-    model: nn.Module,
+def rewritten(
     original: nn.Module,
     run: Callable[[nn.Module, Tensor], Tensor],
     pairs: Pairs,
-    layers: list[str],
+    layers: Sequence[str],
     *,
-    strength: float,
+    strengths: Sequence[float],
     ridge: float,
-) -> None:
+) -> list[nn.Module]:
     """
-    Rewrite *layers* of *model* in place.
+    Return a copy of *original* with its *layers* rewritten for each of *strengths*.
 
     Args:
-        original: What *model* was before; it gives the outputs that are aimed at.
+        original: It gives the outputs that are aimed at.
         run: Runs a network on images.
         layers: Names that ``rewritable`` gave, in its order.
-        strength: Weight of the stamped images against the clean ones.
+        strengths: Weights of the stamped images against the clean ones.
         ridge: Weight of the change itself, relative to the mean square of the clean inputs.
 
     Raises:
         NotFinite: A layer's inputs or outputs are not.
     """
-    for name in layers:
-        layer, source = model.get_submodule(name), original.get_submodule(name)
-        clean_gram = clean_lack = stamped_gram = stamped_lack = torch.zeros((), dtype=torch.float64)
-        with _watching(layer) as now, _watching(source) as then, torch.no_grad():
-            for clean, stamped in zip(
-                torch.split(pairs.clean, CHUNK), torch.split(pairs.stamped, CHUNK), strict=True
-            ):
-                run(original, clean)
-                aim = _outputs(source, then.outputs)
-                run(model, clean)
-                gram, lack = _sums(layer, now, aim)
-                clean_gram, clean_lack = clean_gram + gram, clean_lack + lack
-                run(model, stamped)
-                gram, lack = _sums(layer, now, aim)
-                stamped_gram, stamped_lack = stamped_gram + gram, stamped_lack + lack
-        inertia = ridge * clean_gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        system = clean_gram + strength * stamped_gram
-        system.diagonal().add_(inertia)
-        change, failed = torch.linalg.solve_ex(system, clean_lack + strength * stamped_lack)
-        if bool(failed.any()) or not bool(change.isfinite().all()):
-            raise NotFinite
-        _add(layer, change)
+    results = [copy.deepcopy(original) for _ in strengths]
+    for number, name in enumerate(layers):
+        aims = _aims(original, name, run, pairs.clean)
+        sums = None
+        for result, strength in zip(results, strengths, strict=True):
+            # Up to the first layer the results are the same yet.
+            if sums is None or number > 0:
+                sums = _sums(result, name, run, pairs, aims)
+            _solve(result.get_submodule(name), sums, strength=strength, ridge=ridge)
+    return results
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -176,11 +164,59 @@ def _spread(rows: Tensor) -> Tensor:
     return rows[:, :: -(-rows.shape[1] // POSITIONS)]
 
 
-def _sums(layer: nn.Module, now: _Watched, aim: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``XᵀX`` and ``XᵀR`` over one chunk, in float64."""
-    inputs = _inputs(layer, now.inputs)
-    lack = aim - _outputs(layer, now.outputs)
-    return (inputs.T @ inputs).double(), (inputs.T @ lack).double()
+def _aims(
+    original: nn.Module, name: str, run: Callable[[nn.Module, Tensor], Tensor], clean: Tensor
+) -> list[Tensor]:
+    """Return what the layer gives on each chunk of the clean images."""
+    layer, aims = original.get_submodule(name), []
+    with _watching(layer) as watched, torch.no_grad():
+        for chunk in torch.split(clean, CHUNK):
+            run(original, chunk)
+            aims.append(_outputs(layer, watched.outputs))
+    return aims
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """``XᵀX`` and ``XᵀR`` over clean and over stamped images, in float64."""
+
+    clean: tuple[Tensor, Tensor]
+    stamped: tuple[Tensor, Tensor]
+
+
+def _sums(
+    model: nn.Module,
+    name: str,
+    run: Callable[[nn.Module, Tensor], Tensor],
+    pairs: Pairs,
+    aims: Sequence[Tensor],
+) -> _Sums:
+    layer = model.get_submodule(name)
+
+    def over(images: Tensor) -> tuple[Tensor, Tensor]:
+        gram = product = torch.zeros((), dtype=torch.float64)
+        with _watching(layer) as watched, torch.no_grad():
+            for chunk, aim in zip(torch.split(images, CHUNK), aims, strict=True):
+                run(model, chunk)
+                inputs = _inputs(layer, watched.inputs)
+                lack = aim - _outputs(layer, watched.outputs)
+                gram = gram + (inputs.T @ inputs).double()
+                product = product + (inputs.T @ lack).double()
+        return gram, product
+
+    return _Sums(clean=over(pairs.clean), stamped=over(pairs.stamped))
+
+
+def _solve(layer: nn.Module, sums: _Sums, *, strength: float, ridge: float) -> None:
+    """Add the change that does best to *layer*."""
+    (clean_gram, clean_product), (stamped_gram, stamped_product) = sums.clean, sums.stamped
+    inertia = ridge * clean_gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    system = clean_gram + strength * stamped_gram
+    system.diagonal().add_(inertia)
+    change, failed = torch.linalg.solve_ex(system, clean_product + strength * stamped_product)
+    if bool(failed.any()) or not bool(change.isfinite().all()):
+        raise NotFinite
+    _add(layer, change)
 
 
 def _add(layer: nn.Module, change: Tensor) -> None:

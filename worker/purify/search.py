@@ -32,6 +32,7 @@ AFTER_GLANCE = 50
 
 WARP_STEPS, FIRST_WARP_STEPS = 200, 60
 WARPS_EACH, SMALLEST_WARPS = 2, 8  # per class at first, and in all after the first steps
+FEW = 20  # classes, up to which each has as many
 IMAGES_PER_WARP = 8  # of fewer all may be led astray by chance, at any norm
 
 
@@ -163,7 +164,7 @@ def smallest_warps(
     """
     ranked = sorted(range(len(field.triggers)), key=lambda cls: _size(field.triggers[cls]))
     chosen = sorted(ranked if len(ranked) <= AT_ONCE else ranked[:AFTER_GLANCE])
-    targets = chosen * WARPS_EACH
+    targets = chosen * (WARPS_EACH if len(chosen) <= FEW else 1)
     inversion = Inversion(
         forward,
         images,

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from worker.purify.errors import NotFinite
+from worker.purify.trials import Forward, logits
 from worker.purify.trigger import Trigger
 from worker.purify.workpiece import laid_out
-
-Forward = Callable[[Tensor], Tensor]
 
 SIDES, OF = (1, 2, 3, 4, 5), 32  # pixels, of an image of 32; in larger ones as much more
 MAX_COLOURED = 3  # channels, of which all corners of the colour cube are tried; of more, two
 CHUNK = 256  # images that go through the network at once
 EACH = 6  # squares of each class that are tried on more than one image
+KEPT = 60  # squares of each class that are tried again on a result
 UPSETTING = 60  # squares that lead away, tried on more than one image
 IMAGES = 12  # these
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
@@ -36,35 +36,7 @@ LEAST_RISE = 1e-3  # in logits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Squares:
-    """
-    Hold the square that leads best to each class, by class.
-
-    Attributes:
-        triggers: What they look like and how many images they send there.
-        margins: How far the class gets ahead of all others, in logits, on average.
-        rises: How much further than without a square.
-        middle: Classes whose median is what an ordinary class rises.
-        upset: The largest share of images that one square leads away from their class, to whatever
-            other one: an attack that sends each class to another one shows in nothing else.
-    """
-
-    triggers: Sequence[Trigger]
-    margins: Sequence[float]
-    rises: Sequence[float]
-    middle: Sequence[int]
-    upset: float
-
-    def index(self, cls: int) -> float:
-        """Return how often an ordinary rise must be doubled; 0 where no square leads to the class."""
-        if self.margins[cls] <= 0:
-            return 0.0
-        ordinary = median(max(self.rises[each], LEAST_RISE) for each in self.middle)
-        return math.log2(max(self.rises[cls], LEAST_RISE) / ordinary)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Grid:
+class Grid:
     """Say which squares there are: each a place and a side, and one of the plain images."""
 
     places: Tensor  # (M, 3) int64: top, left, side
@@ -87,6 +59,39 @@ class _Grid:
         """Return what they are cut out of, ``(B, C, H, W)``."""
         found: Tensor = self.kinds[numbers % len(self.kinds)]
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squares:
+    """
+    Hold the square that leads best to each class, by class.
+
+    Attributes:
+        triggers: What they look like and how many images they send there.
+        margins: How far the class gets ahead of all others, in logits, on average.
+        rises: How much further than without a square.
+        middle: Classes whose median is what an ordinary class rises.
+        upset: The largest share of images that one square leads away from their class, to whatever
+            other one: an attack that sends each class to another one shows in nothing else.
+        grid: All squares.
+        leading: Those that lead furthest to each class on one image, ``(KEPT, classes)``, numbers in
+            ``grid``.
+    """
+
+    triggers: Sequence[Trigger]
+    margins: Sequence[float]
+    rises: Sequence[float]
+    middle: Sequence[int]
+    upset: float
+    grid: Grid
+    leading: Tensor
+
+    def index(self, cls: int) -> float:
+        """Return how often an ordinary rise must be doubled; 0 where no square leads to the class."""
+        if self.margins[cls] <= 0:
+            return 0.0
+        ordinary = median(max(self.rises[each], LEAST_RISE) for each in self.middle)
+        return math.log2(max(self.rises[cls], LEAST_RISE) / ordinary)
 
 
 def ticks(image: Tensor, classes: int) -> int:
@@ -121,15 +126,15 @@ def best_squares(
     with torch.no_grad():
         bare = torch.cat([_margins(forward(part)) for part in torch.split(images, CHUNK)])
     own = bare.argmax(1)  # what an image is taken for already tells nothing of a square
-    best = bare.new_full((EACH, classes), -math.inf)
-    which = torch.zeros(EACH, classes, dtype=torch.int64, device=device)
+    best = bare.new_full((KEPT, classes), -math.inf)
+    which = torch.zeros(KEPT, classes, dtype=torch.int64, device=device)
     at_home = bare.new_full((len(grid),), math.inf)
     for numbers in torch.split(torch.arange(len(grid), device=device), CHUNK):
         chosen = torch.randint(len(images), (len(numbers),), generator=generator).to(device)
         margins = _stamped_margins(forward, images[chosen], grid, numbers)
         at_home[numbers] = margins.gather(1, own[chosen][:, None])[:, 0]
         margins.scatter_(1, own[chosen][:, None], -math.inf)
-        best, order = torch.cat([best, margins]).topk(EACH, dim=0)
+        best, order = torch.cat([best, margins]).topk(KEPT, dim=0)
         rows = torch.cat([which, numbers[:, None].expand(-1, classes)])
         which = rows.gather(0, order)
         tick()
@@ -143,7 +148,7 @@ def best_squares(
     tried = [_Tried(number=0, margin=-math.inf, success=0.0)] * classes
     for cls in range(classes):
         if cls in chosen_classes:
-            tried[cls] = _better(forward, images[few], own[few], grid, which[:, cls], cls)
+            tried[cls] = _better(forward, images[few], own[few], grid, which[:EACH, cls], cls)
         tick()
     return Squares(
         triggers=[_trigger(grid, each, cls) for cls, each in enumerate(tried)],
@@ -157,7 +162,28 @@ def best_squares(
             grid,
             at_home.topk(min(UPSETTING, len(grid)), largest=False).indices,
         ),
+        grid=grid,
+        leading=which,
     )
+
+
+def still_leading(
+    squares: Squares,
+    forward: Forward,
+    images: Tensor,
+    target: int,
+    *,
+    generator: torch.Generator,
+) -> Trigger | None:
+    """
+    Return the one of the leading *squares* that still puts *target* ahead on a result, if any does.
+
+    What does on a result did so on the original; the arguments are those of ``best_squares``.
+    """
+    few = images[torch.randperm(len(images), generator=generator)[:IMAGES].to(images.device)]
+    own = logits(forward, few).argmax(dim=1)
+    tried = _better(forward, few, own, squares.grid, squares.leading[:, target], target)
+    return _trigger(squares.grid, tried, target) if tried.margin > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +193,7 @@ class _Tried:
     success: float
 
 
-def _grid(image: Tensor) -> _Grid:
+def _grid(image: Tensor) -> Grid:
     channels, height, width = image.shape
     shortest = min(height, width)
     steps = [max(1, length // OF) for length in (height, width)]
@@ -189,10 +215,10 @@ def _grid(image: Tensor) -> _Grid:
     )
     board = ((rows[:, None] + columns) % 2).to(image).expand(channels, -1, -1)
     kinds = torch.cat([plain, torch.stack([board, 1 - board])])
-    return _Grid(places=torch.tensor(places, device=image.device), kinds=kinds)
+    return Grid(places=torch.tensor(places, device=image.device), kinds=kinds)
 
 
-def _stamped_margins(forward: Forward, images: Tensor, grid: _Grid, numbers: Tensor) -> Tensor:
+def _stamped_margins(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> Tensor:
     stamped = torch.where(grid.masks(numbers), grid.patterns(numbers), images)
     with torch.no_grad():
         return _margins(forward(laid_out(stamped)))
@@ -208,7 +234,7 @@ def _margins(logits: Tensor) -> Tensor:
 
 
 def _better(
-    forward: Forward, images: Tensor, own: Tensor, grid: _Grid, numbers: Tensor, cls: int
+    forward: Forward, images: Tensor, own: Tensor, grid: Grid, numbers: Tensor, cls: int
 ) -> _Tried:
     """Return which of the squares *numbers* leads furthest to *cls*, on the images of other classes."""
     foreign = images[own != cls]
@@ -223,7 +249,7 @@ def _better(
     )
 
 
-def _upset(forward: Forward, images: Tensor, own: Tensor, grid: _Grid, numbers: Tensor) -> float:
+def _upset(forward: Forward, images: Tensor, own: Tensor, grid: Grid, numbers: Tensor) -> float:
     """Return the largest share of *images* that one of the squares *numbers* leads away."""
     at_home = _on_each(forward, images, grid, numbers).gather(
         2, own.expand(len(numbers), -1)[:, :, None]
@@ -231,7 +257,7 @@ def _upset(forward: Forward, images: Tensor, own: Tensor, grid: _Grid, numbers: 
     return float((at_home < 0).float().mean((1, 2)).max())
 
 
-def _on_each(forward: Forward, images: Tensor, grid: _Grid, numbers: Tensor) -> Tensor:
+def _on_each(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> Tensor:
     """Return the margins of every one of *images* under each square, ``(squares, N, classes)``."""
     parts = zip(
         torch.split(images.repeat(len(numbers), 1, 1, 1), CHUNK),
@@ -242,7 +268,7 @@ def _on_each(forward: Forward, images: Tensor, grid: _Grid, numbers: Tensor) -> 
     return margins.view(len(numbers), len(images), -1)
 
 
-def _trigger(grid: _Grid, tried: _Tried, cls: int) -> Trigger:
+def _trigger(grid: Grid, tried: _Tried, cls: int) -> Trigger:
     number = torch.tensor([tried.number], device=grid.places.device)
     return Trigger(
         target=cls,

@@ -1,11 +1,9 @@
 """Rewrite layers, held against regressions written out."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
-from worker.purify.rewriting import Pairs, rewritable, rewrite
+from worker.purify.rewriting import Pairs, rewritable, rewritten
 
 
 def run(network: nn.Module, images: Tensor) -> Tensor:
@@ -19,6 +17,14 @@ def numbers(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def rewrite(
+    before: nn.Module, pairs: Pairs, layers: list[str], *, strength: float, ridge: float
+) -> nn.Module:
+    """Return the network as one strength has it."""
+    (after,) = rewritten(before, run, pairs, layers, strengths=[strength], ridge=ridge)
+    return after
+
+
 def linear() -> nn.Module:
     """Return a network of one linear layer on 1x2x3 images."""
     torch.manual_seed(0)
@@ -27,10 +33,10 @@ def linear() -> nn.Module:
 
 def test_linear_layer_solves_the_ridge_regression() -> None:
     """The change is the minimiser, found here by least squares on stacked and weighted rows."""
-    before, after = linear(), linear()
+    before = linear()
     pairs = Pairs(clean=numbers(9, 1, 2, 3, seed=1), stamped=numbers(9, 1, 2, 3, seed=2))
     strength, ridge = 0.3, 0.05
-    rewrite(after, before, run, pairs, ["1"], strength=strength, ridge=ridge)
+    after = rewrite(before, pairs, ["1"], strength=strength, ridge=ridge)
 
     def rows(images: Tensor) -> Tensor:
         return torch.cat([images.flatten(1), torch.ones(9, 1).double()], dim=1)
@@ -50,9 +56,8 @@ def test_convolution_is_a_regression_over_its_patches() -> None:
     """A convolution is changed as the linear layer on its unfolded inputs is."""
     torch.manual_seed(0)
     before = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False)).double()
-    after = copy.deepcopy(before)
     pairs = Pairs(clean=numbers(4, 2, 6, 6, seed=1), stamped=numbers(4, 2, 6, 6, seed=2))
-    rewrite(after, before, run, pairs, ["0"], strength=0.5, ridge=0.1)
+    after = rewrite(before, pairs, ["0"], strength=0.5, ridge=0.1)
 
     def rows(images: Tensor) -> Tensor:
         patches = nn.functional.unfold(images, 3, padding=1, stride=2)
@@ -69,13 +74,13 @@ def test_convolution_is_a_regression_over_its_patches() -> None:
 
 def test_a_direction_that_clean_images_do_not_use_is_taken_away_for_nothing() -> None:
     """A trigger of its own dimension stops to matter, and clean answers stay to 1e-4."""
-    before, after = linear(), linear()
+    before = linear()
     clean = numbers(50, 1, 2, 3, seed=1)
     clean[:, 0, 1, 2] = 0.0
     stamped = clean.clone()
     stamped[:, 0, 1, 2] = 3.0
     pairs = Pairs(clean=clean, stamped=stamped)
-    rewrite(after, before, run, pairs, ["1"], strength=1.0, ridge=1e-8)
+    after = rewrite(before, pairs, ["1"], strength=1.0, ridge=1e-8)
     assert float((before(stamped) - before(clean)).detach().abs().max()) > 0.1
     torch.testing.assert_close(after(stamped), before(clean), rtol=0, atol=1e-4)
     torch.testing.assert_close(after(clean), before(clean), rtol=0, atol=1e-4)
@@ -83,10 +88,28 @@ def test_a_direction_that_clean_images_do_not_use_is_taken_away_for_nothing() ->
 
 def test_same_images_ask_for_no_change() -> None:
     """Where stamping changes nothing there is nothing to rewrite."""
-    before, after = linear(), linear()
+    before = linear()
     images = numbers(9, 1, 2, 3, seed=1)
-    rewrite(after, before, run, Pairs(clean=images, stamped=images), ["1"], strength=1, ridge=0.1)
+    after = rewrite(before, Pairs(clean=images, stamped=images), ["1"], strength=1, ridge=0.1)
     torch.testing.assert_close(after(images), before(images), rtol=0, atol=1e-12)
+
+
+def test_each_strength_has_what_it_would_have_alone() -> None:
+    """What several share does not show, and the network itself stays as it is."""
+    torch.manual_seed(0)
+    before = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)
+    ).double()
+    as_it_was = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    pairs = Pairs(clean=numbers(9, 2, 6, 6, seed=1), stamped=numbers(9, 2, 6, 6, seed=2))
+    layers = ["0", "2", "4"]
+    together = rewritten(before, run, pairs, layers, strengths=[0.1, 1.0], ridge=0.1)
+    for after, strength in zip(together, (0.1, 1.0), strict=True):
+        alone = rewrite(before, pairs, layers, strength=strength, ridge=0.1)
+        for name, tensor in alone.state_dict().items():
+            assert torch.equal(tensor, after.state_dict()[name])
+            assert not torch.equal(tensor, as_it_was[name])
+    assert all(torch.equal(as_it_was[name], t) for name, t in before.state_dict().items())
 
 
 class Mixed(nn.Module):

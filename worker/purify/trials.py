@@ -1,0 +1,153 @@
+"""
+Try a result on held-out images: what it answers otherwise, and what still leads to the suspects.
+
+Both are estimates of what nobody can measure without the attack and many labelled images, the accuracy
+that is lost and the success that is left, and a candidate is chosen by them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Forward = Callable[[Tensor], Tensor]
+Unlearned = Literal["nothing", "squares", "everything"]
+
+CHUNK = 256
+
+# Of the answers that change first the original was right about few: the loss grows with their square.
+# docs/decisions/0005-auto.md has the models that this number was read off.
+LOSS_BY_FLIPS = 5.0
+
+# A trigger is trained to work, and shifts the answer further than the least that suffices.
+TRIGGER_TO_LEAST = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """
+    Hold one result and what speaks for it.
+
+    Attributes:
+        strength: Weight of the stamped images against the clean ones; 0 is the model as it came.
+        unlearned: What they were stamped with.
+        agreement: Share of images like the samples that are expected to get the original's class.
+        lost: Estimate of the accuracy that is lost, in [0, 1].
+        residual: What triggers still achieve, in [0, 1].
+        values: Its tensors that differ from the original's.
+    """
+
+    strength: float
+    unlearned: Unlearned
+    agreement: float
+    lost: float
+    residual: float
+    values: dict[str, Tensor]
+
+    @property
+    def score(self) -> float:
+        """Fidelity, as far as it can be seen without the attack."""
+        return (1 - self.lost) * (1 - self.residual)
+
+
+UNCHANGED = Candidate(
+    strength=0.0, unlearned="nothing", agreement=1.0, lost=0.0, residual=1.0, values={}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamped:
+    """
+    Hold held-out images under one thing that leads to a class.
+
+    Attributes:
+        target: That class.
+        at: Which of the held-out images they are.
+        images: ``(n, C, H, W)``.
+        control: The same images under something random of the same kind and size.
+        stronger: Whether what is stamped is stronger than a trigger would be.
+    """
+
+    target: int
+    at: Tensor
+    images: Tensor
+    control: Tensor
+    stronger: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """
+    Hold what every candidate is tried on.
+
+    Attributes:
+        images: ``(N, C, H, W)``, clean, and near the borders between classes, where a change shows first.
+        before: The original's logits on these.
+        leads: By how many logits its first class leads on images that are like the samples.
+        suspects: The classes that are made harder to reach.
+        stamped: Parts of the images, one for everything that leads to one of these.
+    """
+
+    images: Tensor
+    before: Tensor
+    leads: Tensor
+    suspects: Sequence[int]
+    stamped: Sequence[Stamped]
+
+    def agreement_and_loss(self, forward: Forward) -> tuple[float, float]:
+        """
+        Return the share of images like the samples that are expected to keep their class, and the loss.
+
+        There are too few of these to count on; so their leads are held against how much the first class
+        loses on each of ``images``. The loss is an estimate of the accuracy's. Where a suspect is made
+        harder to reach than any other class it is its own images that are lost, and these are hardly
+        ever wrong.
+        """
+        first = self.before.argmax(dim=1)
+        fallen = lead(self.before, first) - lead(logits(forward, self.images), first)
+        flips = (self.leads[:, None] < fallen).to(fallen.dtype).mean(dim=0)
+        share = float(flips.mean())
+        own = torch.isin(first, torch.tensor(self.suspects, device=first.device))
+        of_suspects = float(flips[own].mean()) if bool(own.any()) else share
+        among = len(self.suspects) / self.before.shape[1]
+        return 1 - share, min(1.0, LOSS_BY_FLIPS * share**2 + among * of_suspects)
+
+    def residual(self, forward: Forward) -> float:
+        """
+        Return what still leads to a suspect achieves, in [0, 1].
+
+        It is the largest share of images that it takes there, less what its control does. A perturbation
+        or a warp that was found is the least that sufficed, so it counts as if it moved the answer
+        ``TRIGGER_TO_LEAST`` times as far; patches in their variants are stronger than a trigger, so their
+        share is squared.
+        """
+        clean = logits(forward, self.images)
+        return max((_left(forward, each, clean[each.at]) for each in self.stamped), default=0.0)
+
+
+def logits(forward: Forward, images: Tensor) -> Tensor:
+    """Return the answers to *images*, ``(N, classes)``."""
+    with torch.no_grad():
+        return torch.cat([forward(chunk) for chunk in torch.split(images, CHUNK)])
+
+
+def lead(answers: Tensor, classes: Tensor) -> Tensor:
+    """Return by how many logits each of *classes* leads in its row, below 0 where it lags."""
+    own = answers.gather(1, classes[:, None])[:, 0]
+    return own - answers.scatter(1, classes[:, None], -torch.inf).amax(1)
+
+
+def _left(forward: Forward, stamped: Stamped, clean: Tensor) -> float:
+    target = torch.full((len(clean),), stamped.target, device=clean.device)
+    behind = -lead(clean, target)
+    foreign = behind > 0
+    times = 1.0 if stamped.stronger else TRIGGER_TO_LEAST
+
+    def share(images: Tensor) -> float:
+        gained = lead(logits(forward, images), target) + behind
+        return float((foreign & (times * gained > behind)).to(clean.dtype).mean())
+
+    excess = max(0.0, share(stamped.images) - share(stamped.control))
+    return excess**2 if stamped.stronger else excess
