@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.harness import Row, conclude, markdown, measure_all, or_none, parser, recorded
 from benchmarks.trials import DIGITS_BACKDOORED, run, trial, truth
-from worker.purify import search, variants
+from worker.purify import auto, examiner, search, variants
 from worker.purify.evidence import CUTS, Cut, Sign
 from worker.purify.trigger import Trigger
 from worker.purify.verdict import Verdict
@@ -80,7 +80,26 @@ def recovered_colours() -> AbstractContextManager[object]:
     return patch.multiple(variants, SHARPENING_STEPS=0, _colours=recovered)
 
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0)  # the preset's
+def everything_alone() -> AbstractContextManager[object]:
+    """Never unlearn squares alone."""
+    return patch.object(examiner.Examiner, "least", lambda *_: {})
+
+
+def crops_alone() -> AbstractContextManager[object]:
+    """Rewrite with images that are neither pasted into each other nor mixed."""
+
+    def crops(images: Tensor, _others: Tensor, _generator: torch.Generator) -> Tensor:
+        return images
+
+    return patch.object(auto, "some", crops)
+
+
+def mildest() -> AbstractContextManager[object]:
+    """Spend no accuracy on what nothing that was found looks like."""
+    return patch.object(examiner, "UNSEEN", 0.0)
+
+
+STRENGTHS = (0.1, 0.3, 1.0)  # the preset's
 VARIANTS = {
     "the preset": Variant(),
     "no half-open starts": Variant(patched=nearly_closed_starts),
@@ -90,6 +109,9 @@ VARIANTS = {
     "no squares": Variant(patched=functools.partial(without, Sign.SQUARE)),
     "no margins": Variant(patched=functools.partial(without, Sign.MARGIN)),
     "no warps": Variant(patched=functools.partial(without, Sign.WARP)),
+    "squares never alone": Variant(patched=everything_alone),
+    "crops alone": Variant(patched=crops_alone),
+    "nothing spent on the unseen": Variant(patched=mildest),
     "no second search": Variant(given={"rounds": 0}),
     "last layer alone": Variant(given={"layers": 1}),
     **{

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from worker.purify.augmentation import augment
+from worker.purify.augmentation import augment, mixed_in_pairs, pasted_in_pairs, some
 
 
 def test_copies_follow_the_originals() -> None:
@@ -71,3 +71,41 @@ def test_crops_are_uniform_in_area_from_a_twelfth_to_the_whole() -> None:
     for limit in (0.2, 0.4, 0.6):
         part = (shares < limit).double().mean().item()
         assert part == pytest.approx((limit - 0.08) / 0.92, abs=0.05)
+
+
+PLAIN = torch.arange(40.0).view(40, 1, 1, 1).expand(-1, 3, 16, 20) / 40
+
+
+def test_mixed_images_are_at_least_half_themselves() -> None:
+    """Each lies between itself and one other, and not always as near."""
+    mixed = mixed_in_pairs(PLAIN, torch.Generator().manual_seed(0))
+    assert bool((mixed == mixed[:, :1, :1, :1]).all())  # the same share of every pixel
+    apart = (mixed - PLAIN)[:, 0, 0, 0].abs()
+    assert float(apart.max()) <= 0.5
+    assert len(set(apart.tolist())) > 30
+
+
+def test_a_window_of_another_image_is_pasted_in() -> None:
+    """It is a rectangle of that image's very pixels, between a quarter and three quarters a side."""
+    pasted = pasted_in_pairs(PLAIN, torch.Generator().manual_seed(0))
+    places = set()
+    for image, own in zip(pasted, PLAIN, strict=True):
+        changed = (image != own).all(dim=0)
+        if not bool(changed.any()):
+            continue  # it was its own partner
+        rows, columns = changed.any(dim=1).nonzero()[:, 0], changed.any(dim=0).nonzero()[:, 0]
+        assert int(changed.sum()) == len(rows) * len(columns)
+        assert 4 <= len(rows) <= 12
+        assert 5 <= len(columns) <= 15
+        assert image[:, changed].unique().numel() == 1
+        places.add((int(rows[0]), int(columns[0])))
+    assert len(places) > 10
+
+
+def test_some_are_replaced_whole() -> None:
+    """Each is one or the other, and there are many of both."""
+    others = PLAIN + 1
+    found = some(PLAIN, others, torch.Generator().manual_seed(0))
+    kept = (found == PLAIN).flatten(1).all(dim=1)
+    assert bool((kept | (found == others).flatten(1).all(dim=1)).all())
+    assert 10 < int(kept.sum()) < 30

@@ -51,13 +51,13 @@ def purified(seed: int) -> tuple[Purified, tuple[float, float], tuple[float, flo
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_one_image_per_class_is_enough_to_find_and_erase(seed: int) -> None:
-    """The square's class is named, its success falls below 10 % and accuracy by less than 2 points."""
+    """The square's class is named, and success and accuracy are within the limits of ``auto_digits``."""
     result, before, after = purified(seed)
     assert before[1] > 0.99
     assert result.verdict is Verdict.BACKDOORED
     assert result.findings["suspects"] == [TARGET]
     assert after[1] < 0.10
-    assert before[0] - after[0] < 0.02
+    assert before[0] - after[0] < 0.05
 
 
 def test_the_trigger_it_reports_is_where_the_square_is() -> None:
@@ -77,6 +77,7 @@ def test_findings_name_every_class_and_one_chosen_candidate() -> None:
     assert max(classes, key=lambda entry: entry["anomaly_index"])["class"] == TARGET
     assert findings["signs"] == {str(TARGET): ["patch"]}
     assert [entry["strength"] for entry in candidates] == list(preset().strengths)
+    assert {entry["unlearned"] for entry in candidates} == {"everything"}
     assert sum(entry["chosen"] for entry in candidates) == 1
 
 

@@ -20,7 +20,7 @@ from worker.purify.evidence import (
     suspects,
 )
 from worker.purify.margins import Margins
-from worker.purify.squares import Squares
+from worker.purify.squares import Grid, Squares
 from worker.purify.trigger import Field, Trigger
 from worker.purify.verdict import Verdict
 
@@ -51,6 +51,8 @@ def squares(*indices: float) -> Squares:
         rises=[10 * 2**index for index in indices],
         middle=range(len(indices)),
         upset=0.3,
+        grid=Grid(places=torch.zeros(1, 3, dtype=torch.int64), kinds=torch.zeros(1, 3, 10, 10)),
+        leading=torch.zeros(1, len(indices), dtype=torch.int64),
     )
 
 

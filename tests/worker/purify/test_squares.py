@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worker.purify import squares as module
 from worker.purify.errors import NotFinite
-from worker.purify.squares import Squares, best_squares, ticks
+from worker.purify.squares import Squares, best_squares, still_leading, ticks
 
 PLANTED, AHEAD = 2, 9.0
 IMAGES = 0.1 + 0.8 * torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -125,6 +125,23 @@ def test_the_same_draw_gives_the_same_squares() -> None:
     first, second = (find(answering_to(27, 27, 4, (1.0, 1.0, 1.0)), seed=3) for _ in range(2))
     assert (first.margins, first.rises) == (second.margins, second.rises)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_square_that_still_leads_on_a_result_is_found_again() -> None:
+    """On the network as it came it is the same one; where its effect is gone there is none."""
+    forward = answering_to(27, 27, 4, (1.0, 1.0, 1.0))
+    found, generator = find(forward), torch.Generator().manual_seed(0)
+    again = still_leading(found, forward, IMAGES, PLANTED, generator=generator)
+    assert again is not None
+    assert torch.equal(again.mask, found.triggers[PLANTED].mask)
+    assert (again.target, again.success) == (PLANTED, 1.0)
+
+    def erased(images: Tensor) -> Tensor:
+        logits = forward(images)
+        logits[:, PLANTED] -= AHEAD
+        return logits
+
+    assert still_leading(found, erased, IMAGES, PLANTED, generator=generator) is None
 
 
 @pytest.mark.parametrize("size", [(32, 32), (224, 224), (32, 4096), (4096, 4096)])
