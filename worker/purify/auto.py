@@ -7,8 +7,9 @@ and the largest margin is measured (``margins``, after MM-BD); a class that stan
 (``evidence``). The last layers are then rewritten in closed form so that images under what leads to it
 (``arsenal``) give what their clean originals gave, and clean ones what they gave before (``rewriting``).
 Like Adversarial Weight Masking it searches again on what it made, and goes on with what it finds. How
-hard to rewrite is chosen per job by evidence that anybody has: fresh triggers on the result, and
-agreement with the original on images made from the samples.
+hard to rewrite, and whether with everything that was found, is chosen per job by evidence that anybody
+has (``trials``): fresh triggers on the result, and agreement with the original on images made from the
+samples.
 
 What was tried instead, with numbers, is in docs/decisions/0005-auto.md. No step sees a true trigger, a
 target class, or the success of an attack.
@@ -122,7 +123,7 @@ class TriggerRewriting:
 
     def cost(self, images: int) -> int:
         """Return about how many forward passes of one image a run with *images* samples takes."""
-        again = self.rounds + len(self.strengths)
+        again = self.rounds + PARTS * len(self.strengths)
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
         searches += margins.GLANCE_STEPS * margins.AT_ONCE
         searches += squares.TRIED // 3  # these have no backward pass

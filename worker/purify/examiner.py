@@ -155,7 +155,7 @@ class Examiner:
 
     def gather(self, images: Tensor, labels: Tensor) -> tuple[Arsenal, Arsenal]:
         """Return what leads to the suspects, found on *images*: to unlearn, and to try results on."""
-        squares = [
+        exact = [
             self.evidence.squares.triggers[each.target]
             for each in self.suspects
             if Sign.SQUARE in each.signs
@@ -170,7 +170,7 @@ class Examiner:
             images,
             labels,
             self.suspects,
-            [*squares, *patches],
+            [*exact, *patches],
             at_once=AT_ONCE,
             generator=self._generator,
             tick=self._tick,
@@ -186,8 +186,8 @@ class Examiner:
         """
         if not all(Sign.SQUARE in each.signs for each in self.suspects):
             return {}
-        squares = [self.evidence.squares.triggers[each.target] for each in self.suspects]
-        return {"squares": replace(arsenal, patches=squares, perturbations=[], warps=[])}
+        exact = [self.evidence.squares.triggers[each.target] for each in self.suspects]
+        return {"squares": replace(arsenal, patches=exact, perturbations=[], warps=[])}
 
     def with_what_is_still_easy(
         self, arsenal: Arsenal, result: nn.Module, images: Tensor, labels: Tensor
