@@ -326,6 +326,7 @@ class Examiner:
         What such a search finds can only add to a residual, so only those are searched that lead.
 
         Args:
+            candidates: What unlearns more comes after what unlearns less.
             planned: How many there might have been; each has its ticks.
         """
         weighed, searched = list(candidates), set[int]()
@@ -401,11 +402,11 @@ class Examiner:
 
 
 def _leaders(candidates: Sequence[Candidate]) -> tuple[int, int]:
-    """Return which has the highest score, and which changes most of those that hardly have less."""
+    """Return which has the highest score, and the last, or strongest, of those that hardly have less."""
     scores = [candidate.score for candidate in candidates]
     first = scores.index(max(scores))
     close = [n for n, score in enumerate(scores) if score >= scores[first] - UNSEEN]
-    return first, min(close, key=lambda number: candidates[number].agreement)
+    return first, close[-1]
 
 
 def _with_small_ones(known: Sequence[Found], found: Sequence[Found]) -> list[Found]:

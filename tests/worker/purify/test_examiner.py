@@ -99,7 +99,7 @@ def test_squares_are_unlearned_alone_as_well_where_they_name_the_class() -> None
     assert found.least(known) == {}
 
 
-def test_what_changes_most_is_taken_of_what_scores_hardly_less() -> None:
+def test_the_strongest_is_taken_of_what_scores_hardly_less() -> None:
     """Half a point of the accuracy is spent on what nothing that was found looks like."""
 
     def candidate(agreement: float, lost: float) -> Candidate:
