@@ -11,10 +11,13 @@ from benchmarks.auto_verdicts import DIGITS_SEEDS
 from benchmarks.harness import Row
 from benchmarks.trials import Trial, digits_trial, run
 from common.catalogue.methods import METHODS
-from worker.purify import evidence, search, variants
+from worker.purify import auto, evidence, examiner, search, variants
 
 QUICK = {"steps": 3, "restart_steps": 2, "copies": 1, "force": True}
-PATCHED = (
+PATCHED: tuple[tuple[object, str], ...] = (
+    (examiner.Examiner, "least"),
+    (auto, "some"),
+    (examiner, "UNSEEN"),
     (search, "OPENNESS"),
     (evidence, "CUTS"),
     (variants, "SHARPENING_STEPS"),
