@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-MAX_CANDIDATES = 16
-"""Candidates of a run: ten strengths is the most that ``auto`` takes."""
+MAX_CANDIDATES = 21
+"""Candidates of a run: of ``auto`` ten strengths at most, for each of two parts, and the model itself."""
 
 MAX_TRIGGERS = 16
 """Triggers that there are files of: a run with its presets recovers five for each class it suspects."""

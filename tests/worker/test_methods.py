@@ -1,7 +1,10 @@
 """Law: the worker has every method that the catalogue offers, with its parameters."""
 
+from common.artefacts import MAX_CANDIDATES
 from common.catalogue import methods as catalogue
+from common.catalogue.auto import AutoParameters
 from worker.methods import METHODS
+from worker.purify.auto import PARTS
 
 
 def test_worker_and_catalogue_have_the_same_methods() -> None:
@@ -16,3 +19,10 @@ def test_every_resolved_parameter_is_a_field_of_the_method() -> None:
         params = entry.resolve(entry.parameters(), count=20, classes=10, image_shape=(3, 32, 32))
         method = build(**params.model_dump())
         assert method.cost(200) >= method.cost(20) >= 0
+
+
+def test_there_is_a_place_for_every_candidate_of_auto() -> None:
+    """As many strengths as a job may give, for each part, and the model as it came."""
+    schema = AutoParameters.model_json_schema()["properties"]["strengths"]
+    (most,) = [kind["maxItems"] for kind in schema["anyOf"] if "maxItems" in kind]
+    assert PARTS * most + 1 == MAX_CANDIDATES
