@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common.artefacts import MAX_CANDIDATES
 from common.errors import InternalError, JobCrashed, WeightsNotFinite
 from worker.leavings import ChildResult, as_problem, copy_plain, open_plain
 from worker.leavings import read_result as read_open_result
@@ -83,7 +84,8 @@ def test_candidates_of_a_result_are_read(tmp_path: Path) -> None:
         b'{"files": [{"sha256": "x", "bytes": 1}]}',
         CANDIDATE % b"-1",
         CANDIDATE % b"true",
-        b'{"report": {"metrics": {}, "evidence": {"candidates": [%s]}}}' % b",".join([b"{}"] * 17),
+        b'{"report": {"metrics": {}, "evidence": {"candidates": [%s]}}}'
+        % b",".join([b"{}"] * (MAX_CANDIDATES + 1)),
         TRIAL % b'{"triggers": 1, "samples": 1}',
         TRIAL % b'{"triggers": 0, "samples": 1, "shown": 1}',
         TRIAL % b'{"triggers": 17, "samples": 1, "shown": 1}',
