@@ -8,7 +8,7 @@ and the largest margin is measured (``margins``, after MM-BD); a class that stan
 (``arsenal``) give what their clean originals gave, and clean ones what they gave before (``rewriting``).
 Like Adversarial Weight Masking it searches again on what it made, and goes on with what it finds. How
 hard to rewrite, and whether with everything that was found, is chosen per job by evidence that anybody
-has (``trials``): fresh triggers on the result, and agreement with the original on images made from the
+has (``weighing``): fresh triggers on the result, and agreement with the original on images made from the
 samples.
 
 What was tried instead, with numbers, is in docs/decisions/0005-auto.md. No step sees a true trigger, a
@@ -39,8 +39,8 @@ from worker.purify.metrics import Preprocess
 from worker.purify.precision import PRECISIONS, Precision
 from worker.purify.rewriting import Pairs, rewritable, rewritten
 from worker.purify.search import IMAGES_PER_WARP, PATCHES_PER_STEP, SMALLEST_WARPS, WARP_STEPS
-from worker.purify.trials import UNCHANGED, Candidate, Unlearned
 from worker.purify.verdict import Verdict
+from worker.purify.weighing import UNCHANGED, Candidate, Unlearned
 from worker.purify.workpiece import Workpiece, laid_out, prepare, require, ticker
 
 MAX_POOL = 600  # images to rewrite with

@@ -33,10 +33,10 @@ from worker.purify.search import (
     worst_warp,
 )
 from worker.purify.squares import best_squares, still_leading
-from worker.purify.trials import Candidate, Stamped, Trials, Unlearned, lead, logits
 from worker.purify.trigger import Field, Trigger
 from worker.purify.variants import stamp_variants
 from worker.purify.verdict import Verdict
+from worker.purify.weighing import Candidate, Stamped, Trials, Unlearned, lead, logits
 from worker.purify.workpiece import Workpiece, laid_out
 
 MIN_PATCHES = 3  # per trigger and step of a search for the suspects alone

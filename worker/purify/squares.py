@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from worker.purify.errors import NotFinite
-from worker.purify.trials import Forward, logits
 from worker.purify.trigger import Trigger
+from worker.purify.weighing import Forward, logits
 from worker.purify.workpiece import laid_out
 
 SIDES, OF = (1, 2, 3, 4, 5), 32  # pixels, of an image of 32; in larger ones as much more

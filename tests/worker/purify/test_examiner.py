@@ -9,7 +9,7 @@ from torch.nn.functional import leaky_relu
 
 from worker.purify.evidence import Sign
 from worker.purify.examiner import Effort, Examiner
-from worker.purify.trials import Candidate
+from worker.purify.weighing import Candidate
 from worker.purify.workpiece import prepare
 
 IMAGES = 0.6 * torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))

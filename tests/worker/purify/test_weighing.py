@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.purify.trials import LOSS_BY_FLIPS, UNCHANGED, Candidate, Stamped, Trials
+from worker.purify.weighing import LOSS_BY_FLIPS, UNCHANGED, Candidate, Stamped, Trials
 
 # The logits are the pixels: three classes, a row each.
 SURE, BORDERLINE, SUSPECT = [0.9, 0.1, 0.0], [0.6, 0.5, 0.0], [0.0, 0.1, 0.8]
