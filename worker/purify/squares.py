@@ -20,8 +20,9 @@ from torch import Tensor
 
 from worker.purify.errors import NotFinite
 from worker.purify.trigger import Trigger
-from worker.purify.weighing import Forward, logits
 from worker.purify.workpiece import laid_out
+
+Forward = Callable[[Tensor], Tensor]
 
 SIDES, OF = (1, 2, 3, 4, 5), 32  # pixels, of an image of 32; in larger ones as much more
 MAX_COLOURED = 3  # channels, of which all corners of the colour cube are tried; of more, two
@@ -178,10 +179,22 @@ def still_leading(
     """
     Return the one of the leading *squares* that still puts *target* ahead on a result, if any does.
 
-    What does on a result did so on the original; the arguments are those of ``best_squares``.
+    What does on a result did so on the original. What it still leads to counts on images that the result
+    gives to other classes.
+
+    Args:
+        squares: Those of the original.
+        forward: Maps images to the result's logits.
+        images: ``(N, C, H, W)`` in [0, 1].
+        target: The class.
+        generator: A CPU generator, the only source of randomness.
+
+    Raises:
+        NotFinite: The logits are not.
     """
     few = images[torch.randperm(len(images), generator=generator)[:IMAGES].to(images.device)]
-    own = logits(forward, few).argmax(dim=1)
+    with torch.no_grad():
+        own = forward(few).argmax(dim=1)
     tried = _better(forward, few, own, squares.grid, squares.leading[:, target], target)
     return _trigger(squares.grid, tried, target) if tried.margin > 0 else None
 

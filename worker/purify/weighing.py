@@ -64,7 +64,7 @@ class Stamped:
 
     Attributes:
         target: That class.
-        at: Which of the held-out images they are.
+        at: Which of the held-out images they are, ``(n,)`` int64.
         images: ``(n, C, H, W)``.
         control: The same images under something random of the same kind and size.
         stronger: Whether what is stamped is stronger than a trigger would be.
@@ -84,8 +84,8 @@ class Trials:
 
     Attributes:
         images: ``(N, C, H, W)``, clean, and near the borders between classes, where a change shows first.
-        before: The original's logits on these.
-        leads: By how many logits its first class leads on images that are like the samples.
+        before: The original's logits on these, ``(N, classes)``.
+        leads: By how many logits its first class leads on images that are like the samples, ``(M,)``.
         suspects: The classes that are made harder to reach.
         stamped: Parts of the images, one for everything that leads to one of these.
     """
