@@ -51,13 +51,13 @@ def purified(seed: int) -> tuple[Purified, tuple[float, float], tuple[float, flo
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_one_image_per_class_is_enough_to_find_and_erase(seed: int) -> None:
-    """The square's class is named, and success and accuracy are within the limits of ``auto_digits``."""
+    """The square's class is named, its success falls below 10 % and accuracy by less than 2 points."""
     result, before, after = purified(seed)
     assert before[1] > 0.99
     assert result.verdict is Verdict.BACKDOORED
     assert result.findings["suspects"] == [TARGET]
     assert after[1] < 0.10
-    assert before[0] - after[0] < 0.05
+    assert before[0] - after[0] < 0.02
 
 
 def test_the_trigger_it_reports_is_where_the_square_is() -> None:
