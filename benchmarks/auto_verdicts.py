@@ -44,14 +44,15 @@ def data_of(model: str) -> str:
     return DATA[None if model in DIGITS else zoo.RECIPES[model].images]
 
 
-def measure(case: Row, *, data: Path, **given: object) -> Row:
+def measure(case: Row, *, data: Path, device: str = "cpu", **given: object) -> Row:
     """
     Purify once; say what was found, and what it did.
 
     Args:
+        device: Of a model of the zoo.
         given: Parameters of `auto` to set otherwise than the preset.
     """
-    tried = trial(case["model"], case["seed"], data)
+    tried = trial(case["model"], case["seed"], data, device)
     purified, row = run(tried, "auto", seed=case["seed"], **given)
     top, index = most_suspicious(purified.findings)
     return {
@@ -139,6 +140,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--jobs", type=int, default=1, help="processes that measure at once")
     options.add_argument("--parts", nargs="+", default=list(MODELS), choices=list(MODELS))
+    options.add_argument("--device", default="cpu", help="of the zoo's models")
     options.add_argument("--table", action="store_true")
     chosen = options.parse_args()
     if chosen.table:
@@ -150,7 +152,10 @@ def main() -> None:
         for case in (cases(part)[: len(DIGITS)] if chosen.quick else cases(part))
     ]
     rows = measure_all(
-        wanted, functools.partial(measure, data=chosen.data), chosen.out, jobs=chosen.jobs
+        wanted,
+        functools.partial(measure, data=chosen.data, device=chosen.device),
+        chosen.out,
+        jobs=chosen.jobs,
     )
     conclude_by("auto_verdicts", figures=figures(rows), targets=TARGETS)
 

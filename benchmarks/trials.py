@@ -47,14 +47,19 @@ class Trial:
     compare: Callable[[nn.Module, nn.Module], Row]
 
 
-def trial(model: str, seed: int, data: Path) -> Trial:
-    """Return a trial of digits or of the zoo's model of that name, with one sample per class."""
+def trial(model: str, seed: int, data: Path, device: str = "cpu") -> Trial:
+    """
+    Return a trial of digits or of the zoo's model of that name, with one sample per class.
+
+    Args:
+        device: Of a model of the zoo; digits are always on the CPU.
+    """
     if model in DIGITS:
         return digits_trial(seed, backdoored=model == DIGITS_BACKDOORED)
     subject = zoo.provide(model, data)
     samples = draw(subject, data, per_class=1, seed=seed)
     return Trial(
-        model=load_model(subject, data),
+        model=load_model(subject, data).to(device),
         images=samples.images,
         labels=samples.labels,
         classes=subject.classes,

@@ -91,7 +91,9 @@ def test_a_case_says_what_stood_out_and_whether_that_is_the_target(
     model: str, tmp_path: Path
 ) -> None:
     """With ACC and ASR before and after; a clean model has no target to find and no attack."""
-    found = measure({"part": "test", "model": model, "seed": 60}, data=tmp_path, **QUICK)
+    found = measure(
+        {"part": "test", "model": model, "seed": 60}, data=tmp_path, device="cpu", **QUICK
+    )
     clean = truth(model) == "clean"
     assert found["truth"] == str(truth(model))
     assert found["top_is_target"] == (None if clean else found["top_class"] == TARGET)
