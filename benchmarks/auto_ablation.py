@@ -80,9 +80,9 @@ def recovered_colours() -> AbstractContextManager[object]:
     return patch.multiple(variants, SHARPENING_STEPS=0, _colours=recovered)
 
 
-def everything_alone() -> AbstractContextManager[object]:
+def everything_at_once() -> AbstractContextManager[object]:
     """Never unlearn squares alone."""
-    return patch.object(examiner.Examiner, "least", lambda *_: {})
+    return patch.object(examiner.Examiner, "exact", None)
 
 
 def crops_alone() -> AbstractContextManager[object]:
@@ -92,6 +92,11 @@ def crops_alone() -> AbstractContextManager[object]:
         return images
 
     return patch.object(auto, "some", crops)
+
+
+def crops_always() -> AbstractContextManager[object]:
+    """Resize crops whatever was found."""
+    return patch.object(examiner.Examiner, "is_local", True)
 
 
 def mildest() -> AbstractContextManager[object]:
@@ -109,8 +114,9 @@ VARIANTS = {
     "no squares": Variant(patched=functools.partial(without, Sign.SQUARE)),
     "no margins": Variant(patched=functools.partial(without, Sign.MARGIN)),
     "no warps": Variant(patched=functools.partial(without, Sign.WARP)),
-    "squares never alone": Variant(patched=everything_alone),
+    "squares never alone": Variant(patched=everything_at_once),
     "crops alone": Variant(patched=crops_alone),
+    "crops in place of shifts": Variant(patched=crops_always),
     "nothing spent on the unseen": Variant(patched=mildest),
     "no second search": Variant(given={"rounds": 0}),
     "last layer alone": Variant(given={"layers": 1}),
@@ -122,10 +128,10 @@ VARIANTS = {
 }
 
 
-def measure(case: Row, *, data: Path) -> Row:
+def measure(case: Row, *, data: Path, device: str = "cpu") -> Row:
     """Purify once without the step, and measure before and after."""
     variant = VARIANTS[case["variant"]]
-    tried = trial(case["model"], case["seed"], data)
+    tried = trial(case["model"], case["seed"], data, device)
     with variant.patched():
         purified, row = run(tried, "auto", seed=case["seed"], **variant.given)
     return {**row, "computed_in": purified.computed_in}
@@ -184,6 +190,7 @@ def main() -> None:
     """Measure every case and conclude."""
     options = parser(__doc__)
     options.add_argument("--jobs", type=int, default=1, help="processes that measure at once")
+    options.add_argument("--device", default="cpu", help="of the zoo's models")
     options.add_argument("--table", action="store_true")
     chosen = options.parse_args()
     if chosen.table:
@@ -195,7 +202,10 @@ def main() -> None:
         for variant in VARIANTS
     ]
     rows = measure_all(
-        cases, functools.partial(measure, data=chosen.data), chosen.out, jobs=chosen.jobs
+        cases,
+        functools.partial(measure, data=chosen.data, device=chosen.device),
+        chosen.out,
+        jobs=chosen.jobs,
     )
     conclude(
         "auto_ablation",

@@ -92,11 +92,12 @@ CREATE_JOB: dict[str, Any] = {
 }
 
 TRIGGER_ARRAYS = (
-    "Arrays by name, for `numpy.load`: of T triggers `target` (T,), `mask` (T, 1, H, W) and "
-    "`pattern` (T, C, H, W); of M samples their places in the uploaded file `sample` (M,), their "
-    "`label` (M,), and the classes that they get from the model as it came and as it goes, clean "
-    "(`clean_before`, `clean_after`, (M,)) and under each trigger (`stamped_before`, `stamped_after`, "
-    "(T, M)); the first K of these samples as images, `clean` (K, C, H, W) and `stamped` (T, K, C, H, W)."
+    "Arrays by name, for `numpy.load`: of T triggers `target` (T,), -1 where each class is sent to "
+    "another one, `mask` (T, 1, H, W) and `pattern` (T, C, H, W); of M samples their places in the "
+    "uploaded file `sample` (M,), their `label` (M,), and the classes that they get from the model as it "
+    "came and as it goes, clean (`clean_before`, `clean_after`, (M,)) and under each trigger "
+    "(`stamped_before`, `stamped_after`, (T, M)); the first K of these samples as images, `clean` "
+    "(K, C, H, W) and `stamped` (T, K, C, H, W)."
 )
 
 TRIGGER_PICTURE = (

@@ -12,7 +12,7 @@ from torch import Tensor
 from common import __version__
 from common.spec import JobSpec
 from worker.purify.method import Purified
-from worker.purify.trigger import Trigger
+from worker.purify.trigger import ELSEWHERE, Trigger
 from worker.samples import Samples
 from worker.trials import Tried
 from worker.yardstick import Yardstick
@@ -65,7 +65,7 @@ def _described(trigger: Trigger) -> Report:
     rows, columns = rows[order], columns[order]
     pattern = trigger.pattern.cpu()[:, rows, columns].T
     return {
-        "class": trigger.target,
+        "class": None if trigger.target == ELSEWHERE else trigger.target,
         "norm": round(trigger.norm, 3),
         "success": round(trigger.success, 4),
         "pixels": torch.stack([rows, columns], dim=1).tolist(),

@@ -30,6 +30,9 @@ MAX_VALUES = 1 << 24
 MAX_TRIAL_BYTES = 4 * 4 * MAX_VALUES
 """More than the file's arrays take: three kinds of picture, and masks."""
 
+NO_TARGET = -1
+"""Stands for the target of a trigger that sends each class to another one."""
+
 _FLOAT, _WHOLE = np.dtype("<f4"), np.dtype("<i8")
 
 
@@ -111,7 +114,8 @@ def write_npz(arrays: Arrays, path: Path) -> None:
 
 
 def _check(name: str, array: Array, below: int) -> None:
+    least = NO_TARGET if name == "target" else 0
     # A NaN fails both comparisons, which is why they are not turned around.
-    within = (array >= 0) & (array <= 1 if array.dtype == _FLOAT else array < below)
+    within = (array >= least) & (array <= 1 if array.dtype == _FLOAT else array < below)
     if not within.all():
         raise ValueError(f"{name} holds a value that is out of its range")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from common.artefacts import MAX_TRIGGERS
 from worker import trial_files
-from worker.purify.trigger import Trigger
-from worker.trial_files import MAX_SAMPLES, MAX_VALUES, Array, Counts, layout
+from worker.purify.trigger import ELSEWHERE, Trigger
+from worker.trial_files import MAX_SAMPLES, MAX_VALUES, NO_TARGET, Array, Counts, layout
 from worker.yardstick import Network
 
 
@@ -98,7 +98,9 @@ class Tried:
         trial, triggers = self.trial, self.trial.triggers
         shown = trial.images[: trial.shown]
         found = {
-            "target": torch.tensor([trigger.target for trigger in triggers]),
+            "target": torch.tensor(
+                [NO_TARGET if each.target == ELSEWHERE else each.target for each in triggers]
+            ),
             "mask": torch.stack([trigger.mask for trigger in triggers]),
             "pattern": torch.stack([trigger.pattern for trigger in triggers]),
             "sample": trial.sample,
@@ -126,6 +128,9 @@ class Tried:
         if number >= len(self.trial.triggers):
             return None
         target = self.trial.triggers[number].target
+        if target == ELSEWHERE:
+            led_away = answers.stamped[number] != answers.clean
+            return round(float(led_away.float().mean()), 4)
         led = answers.stamped[number][self.trial.labels != target] == target
         return round(float(led.float().mean()), 4) if led.numel() else None
 

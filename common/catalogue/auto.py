@@ -56,7 +56,8 @@ class AutoParameters(MethodParameters):
     strengths: Strengths | None = Field(
         None,
         description="Weights of the stamped images against the clean ones. Each gives a candidate, and "
-        "evidence chooses one. Preset: 0.1, 0.3, 1.0.",
+        "evidence chooses one; ten times the last is tried as well where only a piece of the trigger was "
+        "found. Preset: 0.1, 0.3, 1.0.",
     )
     copies: Copies | None = Field(
         None,

@@ -15,7 +15,8 @@ from worker.purify import auto, evidence, examiner, search, variants
 
 QUICK = {"steps": 3, "restart_steps": 2, "copies": 1, "force": True}
 PATCHED: tuple[tuple[object, str], ...] = (
-    (examiner.Examiner, "least"),
+    (examiner.Examiner, "exact"),
+    (examiner.Examiner, "is_local"),
     (auto, "some"),
     (examiner, "UNSEEN"),
     (search, "OPENNESS"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worker.trial_files import Counts, layout, read, write, write_npz
+from worker.trial_files import NO_TARGET, Counts, layout, read, write, write_npz
 
 SHAPE = (3, 4, 5)
 COUNTS = Counts(triggers=2, samples=6, shown=3)
@@ -56,6 +56,7 @@ def test_arrays_come_back(tmp_path: Path) -> None:
         ("clean", -0.1),
         ("stamped", 1.1),
         ("target", CLASSES),
+        ("target", NO_TARGET - 1),
         ("label", -1),
         ("sample", SAMPLES),
         ("clean_before", CLASSES),
@@ -68,6 +69,13 @@ def test_value_out_of_its_range_is_refused(tmp_path: Path, name: str, value: flo
     arrays[name].flat[-1] = value
     with pytest.raises(ValueError, match=name):
         received(written(tmp_path, arrays))
+
+
+def test_a_trigger_may_have_no_target(tmp_path: Path) -> None:
+    """It sends each class to another one."""
+    arrays = honest()
+    arrays["target"].flat[-1] = NO_TARGET
+    assert received(written(tmp_path, arrays))["target"].flat[-1] == NO_TARGET
 
 
 def test_every_byte_is_accounted_for(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worker.purify.trigger import Trigger
-from worker.trial_files import MAX_SAMPLES, MAX_VALUES, layout
+from worker.purify.trigger import ELSEWHERE, Trigger
+from worker.trial_files import MAX_SAMPLES, MAX_VALUES, NO_TARGET, layout
 from worker.trials import Trial, Tried
 from worker.yardstick import Network
 
@@ -67,6 +67,16 @@ def test_success_is_counted_on_samples_of_other_classes() -> None:
     assert done.before.stamped[0].tolist() == [2] * 9
     assert done.before.clean.tolist() == [0, 1, 2] * 3
     assert done.success(1)["success_before"] == 0.0
+
+
+def test_a_trigger_without_a_target_succeeds_where_it_leads_away() -> None:
+    """Two of three classes are led to the third; a cured network keeps its answers."""
+    done = tried([corner(ELSEWHERE)], *images(9))
+    assert done.success(0) == {
+        "success_before": pytest.approx(2 / 3, abs=1e-4),
+        "success_after": 0.0,
+    }
+    assert done.arrays()["target"].tolist() == [NO_TARGET]
 
 
 def test_what_was_not_tried_is_not_measured() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from worker.purify.evidence import Sign, Suspect
 from worker.purify.families import Family, Perturbations, Warps, bend
 from worker.purify.inversion import Forward, Found, Inversion
-from worker.purify.trigger import Trigger
+from worker.purify.trigger import ELSEWHERE, Trigger
 from worker.purify.variants import stamp_variants
 from worker.purify.workpiece import laid_out
 
@@ -64,7 +64,8 @@ class Arsenal:
         Args:
             at_once: Perturbations, and warps, to search.
             images: ``(N, C, H, W)``, all that there are.
-            patches: Those of suspects that stand out by no other sign are kept as well.
+            patches: Those of suspects that stand out by no other sign are kept as well, and what leads
+                elsewhere.
         """
 
         def find(targets: list[int], start: Callable[[int], Family]) -> list[Found]:
@@ -81,7 +82,11 @@ class Arsenal:
             return [each for each in found if math.isfinite(each.norm)] or found
 
         return cls(
-            patches=[each for each in patches if calls_for_patch(suspects, each.target)],
+            patches=[
+                each
+                for each in patches
+                if each.target == ELSEWHERE or calls_for_patch(suspects, each.target)
+            ],
             perturbations=find(
                 [each.target for each in suspects if each.signs & {Sign.PATCH, Sign.MARGIN}],
                 lambda rows: Perturbations.start(images, rows, generator),

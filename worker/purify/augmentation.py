@@ -1,4 +1,4 @@
-"""Make a few images into more: random crops, resized to full size, and mirrored copies."""
+"""Make a few images into more: random crops, resized to full size, or shifts, and mirrored copies."""
 
 import math
 
@@ -9,6 +9,7 @@ from torch.nn import functional
 # The customary ranges of a resized crop: share of the area, and width to height.
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
+REACH = 1 / 8  # of the sides, that an image is shifted by at most
 WINDOW = (0.25, 0.75)  # of the sides, that is pasted
 
 
@@ -42,6 +43,32 @@ def augment(
             crops.append(functional.interpolate(crop, size=(height, width), mode="bilinear"))
         variants.append(torch.cat(crops))
     return torch.cat(variants).clamp(0.0, 1.0), labels.repeat(1 + copies)
+
+
+def shifted(
+    images: Tensor, labels: Tensor, *, copies: int, flip: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """
+    Return the same as ``augment``, of shifts by whole pixels; what is moved in mirrors the edge.
+
+    Nothing is resized: to a network with a backdoor that answers to bent or shaded images, a resized
+    crop looks like one of these.
+    """
+    height, width = images.shape[-2:]
+    down, across = (min(length - 1, max(1, round(length * REACH))) for length in (height, width))
+    padded = functional.pad(images, (across, across, down, down), mode="reflect")
+    variants = [images]
+    for _ in range(copies):
+        moved = []
+        for image in padded.unsqueeze(1):
+            top = math.floor(_uniform(0.0, 1.0, generator) * (2 * down + 1))
+            left = math.floor(_uniform(0.0, 1.0, generator) * (2 * across + 1))
+            window = image[..., top : top + height, left : left + width]
+            if flip and _uniform(0.0, 1.0, generator) < 0.5:
+                window = window.flip(-1)
+            moved.append(window)
+        variants.append(torch.cat(moved))
+    return torch.cat(variants), labels.repeat(1 + copies)
 
 
 def mixed_in_pairs(images: Tensor, generator: torch.Generator) -> Tensor:

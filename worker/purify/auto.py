@@ -4,12 +4,12 @@ Purify a model without knowing the attack: find signs of it, rewrite the last la
 Ours, out of known parts. For each class the small square that leads furthest is looked for
 (``squares``), the smallest patch and the smallest warp are recovered (``search``, after Neural Cleanse),
 and the largest margin is measured (``margins``, after MM-BD); a class that stands out is suspect
-(``evidence``). The last layers are then rewritten in closed form so that images under what leads to it
-(``arsenal``) give what their clean originals gave, and clean ones what they gave before (``rewriting``).
-Like Adversarial Weight Masking it searches again on what it made, and goes on with what it finds. How
-hard to rewrite, and whether with everything that was found, is chosen per job by evidence that anybody
-has (``weighing``): fresh triggers on the result, and agreement with the original on images made from the
-samples.
+(``evidence``), or none is where one square leads each class to another one. The last layers are then
+rewritten in closed form so that images under what leads there (``arsenal``) give what their clean
+originals gave, and clean ones what they gave before (``rewriting``). Like Adversarial Weight Masking it
+searches again on what it made, and goes on with what it finds. How hard to rewrite, and whether with
+everything that was found, is chosen per job by evidence that anybody has (``weighing``): fresh triggers
+on the result, and agreement with the original on images made from the samples.
 
 What was tried instead, with numbers, is in docs/decisions/0005-auto.md. No step sees a true trigger, a
 target class, or the success of an attack.
@@ -24,13 +24,21 @@ from torch import Tensor, nn
 
 from worker.purify import arsenal, margins, squares
 from worker.purify.arsenal import Arsenal
-from worker.purify.augmentation import AREA, augment, mixed_in_pairs, pasted_in_pairs, some
+from worker.purify.augmentation import (
+    AREA,
+    augment,
+    mixed_in_pairs,
+    pasted_in_pairs,
+    shifted,
+    some,
+)
 from worker.purify.errors import NotEnoughData, NotFinite, NothingToMask
-from worker.purify.evidence import CUTS, UPSET, Evidence, Sign, judge
+from worker.purify.evidence import CUTS, SCATTERING, Evidence, Sign, judge
 from worker.purify.examiner import (
     AT_ONCE,
     AT_ONCE_AGAIN,
     FRESH_PATCHES_PER_STEP,
+    SETTLED,
     Effort,
     Examiner,
 )
@@ -45,7 +53,9 @@ from worker.purify.workpiece import Workpiece, laid_out, prepare, require, ticke
 
 MAX_POOL = 600  # images to rewrite with
 MAX_POOL_VALUES = 2**26  # in a quarter of a gigabyte; there are seven tensors of this size
+NOTHING = Arsenal(patches=[], perturbations=[], warps=[])
 PARTS = 2  # of what was found: what may suffice, and everything
+HARDER = 10  # than the hardest, for what is larger than anything that was found
 LIKE_SAMPLES = (0.7, 1.0)  # of the area
 
 
@@ -148,11 +158,12 @@ class TriggerRewriting:
         Any other is returned as it came, unless forced; one of which nothing certain can be said has the
         rewritten models as further ``candidates``. The verdict is about the model as it came.
         ``findings`` holds, in plain values, ``classes``: norm, success and anomaly index of the smallest
-        patch of each, its largest margin, its smallest warp and the success of its best square, with
-        their indices; ``cuts``, from which indices on a class stands out; ``upset``, the largest share
-        of images that one square leads away from their class; ``suspects``, and by which ``signs``;
-        ``candidates``, with the one that was chosen. ``triggers`` are the patches and squares that were
-        unlearned, or would be.
+        patch of each (and, where the index alone does not tell, its success on shifted samples), its
+        largest margin, its smallest warp and the success of its best square, with their indices;
+        ``cuts``, from which indices on a class stands out; ``scattering``, to how many classes one square
+        leads, and which share of the images; ``suspects``, and by which ``signs``; ``candidates``, with
+        the one that was chosen. ``triggers`` are the patches and squares that were unlearned, or would
+        be.
 
         The work is done on the device of the model, in float64 for float64 images and in float32
         otherwise. Torch's global generator is neither used nor changed.
@@ -183,41 +194,21 @@ class TriggerRewriting:
             restarts=self.restarts,
             restart_steps=self.restart_steps,
             reach=self.reach,
+            rounds=self.rounds,
+            results=PARTS * len(self.strengths),
         )
-        to_do = self.rounds, PARTS * len(self.strengths)
-        tick = ticker(progress, effort.ticks(images[0], classes, *to_do))
+        tick = ticker(progress, effort.ticks(images[0], classes))
         examiner = Examiner(
             work, classes, effort, precision=self.precision, generator=generator, tick=tick
         )
         verdict, findings = judge(examiner.evidence), _findings(examiner.evidence)
         if verdict is Verdict.CLEAN and not self.force:
-            examiner.skip(*to_do)
+            examiner.finish()
             return Purified(verdict=verdict, findings=findings, computed_in=examiner.computed_in)
 
-        made = self._variants(work, generator)
-        known, fresh = examiner.gather(made.crops, made.labels)
-        strengths = sorted(self.strengths)
-
-        def results(stamped: Tensor, strengths: Sequence[float]) -> list[nn.Module]:
-            pairs = Pairs(clean=made.to_rewrite_with, stamped=stamped)
-            run = _runner(work)
-            return rewritten(work.model, run, pairs, layers, strengths=strengths, ridge=self.ridge)
-
-        least = examiner.least(known)
-        for _ in range(self.rounds):
-            stamped = examiner.stamp(made.to_rewrite_with, known)
-            (result,) = results(stamped, strengths[len(strengths) // 2 :][:1])
-            known = examiner.with_what_is_still_easy(known, result, made.crops, made.labels)
-        parts: dict[Unlearned, Arsenal] = {**least, "everything": known}
-        weighed = []
-        for unlearned, part in parts.items():
-            trials = examiner.trials(made.held_out, made.like_samples, part, fresh)
-            stamped = examiner.stamp(made.to_rewrite_with, part)
-            weighed += [
-                examiner.weigh(result, trials, strength=strength, unlearned=unlearned)
-                for result, strength in zip(results(stamped, strengths), strengths, strict=True)
-            ]
-        candidates, chosen = examiner.best(weighed, planned=to_do[1])
+        made = self._variants(work, generator, resized=examiner.is_local)
+        known, candidates, chosen = self._rewritten(examiner, work, layers, made)
+        examiner.finish()
         if verdict is not Verdict.BACKDOORED and not self.force:
             # What may be innocent is not paid for with accuracy.
             candidates, chosen = [UNCHANGED, *candidates], UNCHANGED
@@ -237,20 +228,54 @@ class TriggerRewriting:
             computed_in=examiner.computed_in,
         )
 
-    def _variants(self, work: Workpiece, generator: torch.Generator) -> _Images:
+    def _rewritten(
+        self, examiner: Examiner, work: Workpiece, layers: Sequence[str], made: _Images
+    ) -> tuple[Arsenal, list[Candidate], Candidate]:
+        """
+        Return what was unlearned, the results, and the one to take.
+
+        Where squares are the trigger they alone are unlearned, and only if that is not enough everything.
+        """
+        strengths = sorted(self.strengths)
+
+        def results(part: Arsenal, strengths: Sequence[float]) -> list[nn.Module]:
+            stamped = examiner.stamp(made.to_rewrite_with, part)
+            pairs = Pairs(clean=made.to_rewrite_with, stamped=stamped)
+            run = _runner(work)
+            return rewritten(work.model, run, pairs, layers, strengths=strengths, ridge=self.ridge)
+
+        def weighed(part: Arsenal, fresh: Arsenal, unlearned: Unlearned) -> list[Candidate]:
+            trials = examiner.trials(made.held_out, made.like_samples, part, fresh)
+            return [
+                examiner.weigh(result, trials, strength=strength, unlearned=unlearned)
+                for result, strength in zip(results(part, strengths), strengths, strict=True)
+            ]
+
+        exact, candidates = examiner.exact, list[Candidate]()
+        if exact is not None:
+            candidates, chosen = examiner.best(weighed(exact, NOTHING, "squares"))
+            if not examiner.suspects or chosen.residual < SETTLED:
+                return exact, candidates, chosen
+        known, fresh = examiner.gather(made.crops, made.labels)
+        for _ in range(self.rounds):
+            (result,) = results(known, strengths[len(strengths) // 2 :][:1])
+            known = examiner.with_what_is_still_easy(known, result, made.crops, made.labels)
+        if examiner.has_pieces:
+            strengths = [*strengths, HARDER * strengths[-1]]
+        return known, *examiner.best([*candidates, *weighed(known, fresh, "everything")])
+
+    def _variants(self, work: Workpiece, generator: torch.Generator, *, resized: bool) -> _Images:
         count = len(work.images)
         room = min(MAX_POOL, MAX_POOL_VALUES // work.images[0].numel()) // count - 1
         copies = min(self.copies, max(0, room))
 
         def variants(area: tuple[float, float]) -> tuple[Tensor, Tensor]:
-            return augment(
-                work.images,
-                work.labels,
-                copies=copies,
-                flip=self.flip,
-                area=area,
-                generator=generator,
-            )
+            given = (work.images, work.labels)
+            if resized:
+                return augment(
+                    *given, copies=copies, flip=self.flip, area=area, generator=generator
+                )
+            return shifted(*given, copies=copies, flip=self.flip, generator=generator)
 
         crops, labels = variants(AREA)
         pasted = some(crops, pasted_in_pairs(crops, generator), generator)
@@ -290,6 +315,8 @@ def _findings(evidence: Evidence) -> dict[str, object]:
     def rounded(sign: Sign, cls: int) -> float:
         return round(evidence.index(sign, cls), 3)
 
+    scattering = evidence.squares.scattering
+    warps = evidence.warps or [evidence.worst_warp] * evidence.classes
     return {
         "classes": [
             {
@@ -297,22 +324,26 @@ def _findings(evidence: Evidence) -> dict[str, object]:
                 "norm": round(patch.norm, 3),
                 "success": round(patch.success, 4),
                 "anomaly_index": rounded(Sign.PATCH, cls),
+                "carried": evidence.carried.get(cls),
                 "margin": round(evidence.margins.largest[cls], 3),
                 "margin_index": rounded(Sign.MARGIN, cls),
                 "warp": None if warp >= evidence.worst_warp else round(warp, 3),
-                "warp_index": rounded(Sign.WARP, cls),
+                "warp_index": None if evidence.warps is None else rounded(Sign.WARP, cls),
                 "square_success": round(evidence.squares.triggers[cls].success, 4),
                 "square_index": rounded(Sign.SQUARE, cls),
             }
-            for cls, (patch, warp) in enumerate(
-                zip(evidence.field.triggers, evidence.warps, strict=True)
-            )
+            for cls, (patch, warp) in enumerate(zip(evidence.field.triggers, warps, strict=True))
         ],
         "cuts": {
             str(sign): {"backdoored_from": cut.backdoored_from, "clean_below": cut.clean_below}
             for sign, cut in CUTS.items()
         },
-        "upset": {"share": round(evidence.squares.upset, 4), "clean_below": UPSET},
+        "scattering": {
+            "classes": round(scattering.classes, 3),
+            "success": round(scattering.trigger.success, 4),
+            "backdoored_from": SCATTERING.backdoored_from,
+            "clean_below": SCATTERING.clean_below,
+        },
     }
 
 

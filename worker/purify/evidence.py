@@ -1,15 +1,18 @@
 """
 Judge by what was searched whether a model has a backdoor.
 
-A backdoor makes one class much easier to reach than the others. That shows in one of four ways, and no
-attack that was tried shows in all: a small plain square somewhere in the image leads there, the smallest
-patch that sends any image there is far smaller (Neural Cleanse), the smallest warp is, or the class can
-be driven much further ahead of the others (MM-BD). In each a class's index counts how often an ordinary
-class's value must be halved, or doubled, to get there: among ten classes the median absolute deviation,
-which the literature counts in, is itself a matter of chance, and a model with two small classes and
-eight that happen to be alike had a higher index than one with a backdoor (docs/decisions/0005-auto.md).
+A backdoor makes one class much easier to reach than the others, or each class the next one. The first
+shows in one of four ways, and no attack that was tried shows in all: a small plain square somewhere in
+the image leads there, the smallest patch that sends any image there is far smaller (Neural Cleanse), the
+smallest warp is, or the class can be driven much further ahead of the others (MM-BD). In each a class's
+index counts how often an ordinary class's value must be halved, or doubled, to get there: among ten
+classes the median absolute deviation, which the literature counts in, is itself a matter of chance, and a
+model with two small classes and eight that happen to be alike had a higher index than one with a backdoor
+(docs/decisions/0005-auto.md). The second shows where one square leads images to many classes; those that
+upset a clean model lead to two or three.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,7 +21,7 @@ from statistics import median
 
 from worker.purify.margins import Margins
 from worker.purify.squares import Squares
-from worker.purify.trigger import Field, Trigger
+from worker.purify.trigger import SUCCESS, Field, Trigger
 from worker.purify.verdict import Verdict
 
 
@@ -42,13 +45,21 @@ class Cut:
 # Set on models trained for it: benchmarks/auto_verdicts.py, docs/decisions/0005-auto.md.
 CUTS: Mapping[Sign, Cut] = {
     Sign.SQUARE: Cut(backdoored_from=1.0, clean_below=0.5),
-    Sign.PATCH: Cut(backdoored_from=1.0, clean_below=0.65),
-    Sign.MARGIN: Cut(backdoored_from=1.1, clean_below=0.9),
-    Sign.WARP: Cut(backdoored_from=1.5, clean_below=0.8),
+    Sign.PATCH: Cut(backdoored_from=1.3, clean_below=0.65),
+    Sign.MARGIN: Cut(backdoored_from=1.3, clean_below=0.9),
+    Sign.WARP: Cut(backdoored_from=1.2, clean_below=0.8),
 }
 
-# Of images that one square leads away from their class, whatever to: from here on no model is clean.
-UPSET = 0.85
+# A patch with an index from here on stands out as well where it succeeds on shifted samples. One that is
+# made for the very samples, as the smallest of an innocent class is, does not.
+CARRIED_FROM = 1.0
+
+# To how many classes one square leads.
+SCATTERING = Cut(backdoored_from=4.2, clean_below=3.6)
+
+# Of the furthest that a class can get ahead: from here on a square that leads there is the trigger, and
+# not a piece of it.
+WHOLE = 0.04
 
 # An index says nothing where there is hardly anybody to stand out from.
 MIN_CLASSES = 4
@@ -67,15 +78,18 @@ class Evidence:
         squares: The squares that lead furthest.
         field: The smallest patches.
         margins: The largest margins.
-        warps: The norm of the smallest warp that leads to each class; ``worst_warp`` where none did.
+        warps: The norm of the smallest warp that leads to each class; ``worst_warp`` where none did. None
+            where none was searched, since a square had told already.
         worst_warp: What is searched at most, in pixels.
+        carried: The share of shifted samples that the patch of a class leads there, where that counts.
     """
 
     squares: Squares
     field: Field
     margins: Margins
-    warps: Sequence[float]
+    warps: Sequence[float] | None
     worst_warp: float
+    carried: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -97,11 +111,35 @@ class Evidence:
                 # Where not even an ordinary class gets ahead there is nothing to compare with.
                 return log2(own / ordinary) if ordinary > LEAST_MARGIN else 0.0
             case Sign.WARP:
+                if self.warps is None:
+                    return 0.0
                 return log2(median(self.warps) / self.warps[cls])
 
     def stands_out(self, sign: Sign, cls: int) -> bool:
         """Whether *cls* is that of a backdoor, by this sign."""
-        return self.index(sign, cls) >= CUTS[sign].backdoored_from
+        index = self.index(sign, cls)
+        if sign is Sign.PATCH and self.carried.get(cls, 0.0) >= SUCCESS:
+            return index >= min(CARRIED_FROM, CUTS[sign].backdoored_from)
+        return index >= CUTS[sign].backdoored_from
+
+
+def whole(squares: Squares, margins: Margins) -> list[int]:
+    """Return the classes whose squares are the trigger, the most suspicious first."""
+    out = [
+        cls
+        for cls in range(len(squares.triggers))
+        if squares.index(cls) >= CUTS[Sign.SQUARE].backdoored_from
+        and squares.margins[cls] >= WHOLE * margins.largest[cls]
+    ]
+    return sorted(out, key=lambda cls: -squares.index(cls))
+
+
+def names_no_class(squares: Squares) -> bool:
+    """Whether a square leads each class to another one, and none to one alone."""
+    return squares.scattering.classes >= SCATTERING.backdoored_from and not any(
+        squares.index(cls) >= CUTS[Sign.SQUARE].backdoored_from
+        for cls in range(len(squares.triggers))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +164,19 @@ def judge(evidence: Evidence) -> Verdict:
     """
     Return what all signs say together: any speaks of a backdoor, and all of a clean model.
 
-    A square that leads nearly every image away, each to another class, names none to make harder to
-    reach; such a model is not clean.
+    A square that leads images to many classes speaks as well, though for none of them.
     """
     successful = [trigger for trigger in evidence.field.triggers if trigger.success > 0]
     if evidence.classes < MIN_CLASSES or not successful:
         return Verdict.INCONCLUSIVE
-    highest = {
-        sign: max(evidence.index(sign, cls) for cls in range(evidence.classes)) for sign in Sign
-    }
-    if any(highest[sign] >= CUTS[sign].backdoored_from for sign in Sign):
+    classes = range(evidence.classes)
+    scattered = evidence.squares.scattering.classes
+    if scattered >= SCATTERING.backdoored_from or any(
+        evidence.stands_out(sign, cls) for sign in Sign for cls in classes
+    ):
         return Verdict.BACKDOORED
-    clean = evidence.squares.upset < UPSET and all(
+    highest = {sign: max(evidence.index(sign, cls) for cls in classes) for sign in Sign}
+    clean = scattered < SCATTERING.clean_below and all(
         highest[sign] < CUTS[sign].clean_below for sign in Sign
     )
     return Verdict.CLEAN if clean else Verdict.INCONCLUSIVE
@@ -147,19 +186,22 @@ def suspects(evidence: Evidence) -> list[Suspect]:
     """
     Return the classes to make harder to reach, the most suspicious first.
 
-    A square speaks first, then a margin: where it and the patch named different classes, it was right on
-    every model that it was tried on. Without these, and without a warp, the smallest patch names the
-    class, whatever the verdict. Up to two more must stand out by themselves and nearly as far: to
-    unlearn the patch of an innocent class costs accuracy, since such a patch is made of what the
-    class looks like.
+    A square that is the trigger speaks first, then margins and warps: where these and a patch, or the
+    square that is a piece of something, named different classes, they were right on every model that
+    it was tried on. Without these, squares of any kind do, and then the smallest patch, whatever the
+    verdict. Up to two more must stand out by themselves and nearly as far: to unlearn the patch of an
+    innocent class costs accuracy, since such a patch is made of what the class looks like. There are
+    none where one square leads each class to another one.
     """
-    named = _named(evidence, Sign.SQUARE) or [
-        *_named(evidence, Sign.MARGIN),
-        *_named(evidence, Sign.WARP),
-    ]
-    if not named:
-        first = min(range(evidence.classes), key=_norm(evidence.field))
-        named = _named(evidence, Sign.PATCH) or [first]
+    if names_no_class(evidence.squares):
+        return []
+    named = (
+        _nearly_as_far(evidence, Sign.SQUARE, whole(evidence.squares, evidence.margins))
+        or [*_named(evidence, Sign.MARGIN), *_named(evidence, Sign.WARP)]
+        or _named(evidence, Sign.SQUARE)
+        or _named(evidence, Sign.PATCH)
+        or [min(range(evidence.classes), key=_norm(evidence.field))]
+    )
     return [
         Suspect(
             target=cls, signs=frozenset(sign for sign in Sign if evidence.stands_out(sign, cls))
@@ -172,6 +214,10 @@ def _named(evidence: Evidence, sign: Sign) -> list[int]:
     """Return the classes that stand out by *sign*, nearly as far as the first of them."""
     out = [cls for cls in range(evidence.classes) if evidence.stands_out(sign, cls)]
     ranked = sorted(out, key=lambda cls: -evidence.index(sign, cls))
+    return _nearly_as_far(evidence, sign, ranked)
+
+
+def _nearly_as_far(evidence: Evidence, sign: Sign, ranked: Sequence[int]) -> list[int]:
     return [
         cls
         for cls in ranked[:MAX_SUSPECTS]

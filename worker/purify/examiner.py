@@ -17,8 +17,18 @@ from torch import Tensor, nn
 from worker.purify import arsenal as arsenals
 from worker.purify import margins, squares
 from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
+from worker.purify.augmentation import shifted
 from worker.purify.batch_norm import absorb_batch_norms
-from worker.purify.evidence import Evidence, Sign, judge, suspects
+from worker.purify.evidence import (
+    CARRIED_FROM,
+    CUTS,
+    Evidence,
+    Sign,
+    judge,
+    names_no_class,
+    suspects,
+    whole,
+)
 from worker.purify.families import Patches
 from worker.purify.inversion import Forward, Found, Inversion
 from worker.purify.margins import largest_margins
@@ -44,12 +54,16 @@ FRESH_PATCHES_PER_STEP = 32
 EASY_FROM = 0.4  # index, from which on a fresh patch is unlearned as well
 HARDLY_LARGER = 1.5
 
-# What may be paid for an attack that nothing of what was found looks like: of the answers, so many.
+# What may be paid for what nothing that was found looks like: of the answers, so many; twice as many
+# where only a piece of the trigger was found, and none where all of it was.
 UNSEEN = 0.005
+
+SETTLED = 0.05  # residual, from which on a square is not all that there is
 
 AT_ONCE, HELD_OUT_ONE_IN = 20, 5  # perturbations and warps, on the original
 AT_ONCE_AGAIN = 8  # on a result
 PROBE_IMAGES = 8
+SHIFTED, OF = 200, 20  # shifted samples, of so many at most, to see whether a patch carries over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +76,22 @@ class Effort:
         restarts: Fresh searches per suspect class on a result.
         restart_steps: Steps of each.
         reach: Pixels by which a patch's support is widened at most.
+        rounds: How often it is searched on what was made of the model.
+        results: How many of these are weighed at most.
     """
 
     steps: int
     restarts: int
     restart_steps: int
     reach: int
+    rounds: int
+    results: int
 
-    def ticks(self, image: Tensor, classes: int, rounds: int, results: int) -> int:
-        """Return how often an examiner ticks that goes on for *rounds* and weighs *results*."""
+    def ticks(self, image: Tensor, classes: int) -> int:
+        """Return how often an examiner ticks."""
         first = ticks(self.steps, classes) + self.steps + margins.ticks(classes) + WARP_STEPS
-        again = self.ticks_after_verdict(rounds, results)
-        return first + squares.ticks(image, classes) + again
-
-    def ticks_after_verdict(self, rounds: int, results: int) -> int:
-        """Return how many of these come after the verdict."""
-        return (1 + rounds) * arsenals.TICKS + (rounds + results) * self.restart_steps
+        again = (self.rounds + self.results) * self.restart_steps
+        return first + squares.ticks(image, classes) + (1 + self.rounds) * arsenals.TICKS + again
 
 
 class Examiner:
@@ -101,7 +115,14 @@ class Examiner:
         tick: Callable[[], None],
     ) -> None:
         self._work, self._effort = work, effort
-        self._classes, self._generator, self._tick = classes, generator, tick
+        self._classes, self._generator = classes, generator
+        self._ticks_left = effort.ticks(work.images[0], classes)
+
+        def counted() -> None:
+            self._ticks_left -= 1
+            tick()
+
+        self._tick = counted
         autocast = autocast_type(precision, work.images)
         self.computed_in = str(autocast or work.images.dtype).removeprefix("torch.")
         self._autocast = torch.autocast(
@@ -111,16 +132,20 @@ class Examiner:
         self.evidence = self._look()
         self.suspects = suspects(self.evidence)
 
-    def skip(self, rounds: int, results: int) -> None:
-        """Count what comes after the verdict as done."""
-        self._pass_over(self._effort.ticks_after_verdict(rounds, results))
+    def finish(self) -> None:
+        """Count what was not searched as done."""
+        self._pass_over(self._ticks_left)
 
     def _pass_over(self, ticks: int) -> None:
         for _ in range(ticks):
             self._tick()
 
     def _look(self) -> Evidence:
-        """Return what speaks for a backdoor; where patches are doubtful, after a second look."""
+        """
+        Return what speaks for a backdoor; where patches are doubtful, after a second look.
+
+        No warp is searched where a square has told: nothing else would name another class.
+        """
         work, steps = self._work, self._effort.steps
         given = (self._original, work.images, work.labels)
         generator, tick = self._generator, self._tick
@@ -136,26 +161,84 @@ class Examiner:
             self._original, work.images[0], self._classes, generator=generator, tick=tick
         )
         field = search(*given, self._classes, steps=steps, generator=generator, tick=tick)
-
-        def evidence(field: Field, warps: Sequence[float]) -> Evidence:
-            return Evidence(
-                squares=found_squares,
-                field=field,
-                margins=largest,
-                warps=warps,
-                worst_warp=worst_warp(work.images),
-            )
-
-        found = evidence(field, smallest_warps(field, *given, generator=generator, tick=tick))
+        warps = None
+        if not whole(found_squares, largest) and not names_no_class(found_squares):
+            warps = smallest_warps(field, *given, generator=generator, tick=tick)
+        found = Evidence(
+            squares=found_squares,
+            field=field,
+            margins=largest,
+            warps=warps,
+            worst_warp=worst_warp(work.images),
+        )
+        found = replace(found, carried=self._carried(found))
         if judge(found) is Verdict.INCONCLUSIVE:
-            field = search_again(field, *given, steps=steps, generator=generator, tick=tick)
-            return evidence(field, found.warps)
-        self._pass_over(steps)
+            again = search_again(field, *given, steps=steps, generator=generator, tick=tick)
+            found = replace(found, field=again)
+            found = replace(found, carried=self._carried(found))
         return found
+
+    def _carried(self, found: Evidence) -> dict[int, float]:
+        """
+        Return the success on shifted samples of the patches whose index alone does not tell.
+
+        Of more than a few samples that of an innocent class carries over as well.
+        """
+        if len(self._work.images) > OF:
+            return {}
+        doubtful = [
+            cls
+            for cls in range(found.classes)
+            if CARRIED_FROM <= found.index(Sign.PATCH, cls) < CUTS[Sign.PATCH].backdoored_from
+        ]
+        if not doubtful:
+            return {}
+        images, _ = shifted(
+            self._work.images,
+            self._work.labels,
+            copies=SHIFTED // len(self._work.images),
+            flip=False,
+            generator=self._generator,
+        )
+        own = logits(self._original, laid_out(images)).argmax(1)
+        carried = {}
+        for cls in doubtful:
+            stamped = laid_out(found.field.triggers[cls].stamp(images[own != cls]))
+            led = logits(self._original, stamped).argmax(1) == cls
+            carried[cls] = float(led.float().mean()) if len(led) else 0.0
+        return carried
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all that was found lies in one place of the image."""
+        return all(calls_for_patch(self.suspects, each.target) for each in self.suspects)
+
+    @property
+    def exact(self) -> Arsenal | None:
+        """
+        What may suffice, where squares are triggers.
+
+        What goes beyond these makes a class harder to reach than it was without a backdoor, and costs
+        accuracy.
+        """
+        found = self.evidence.squares
+        if names_no_class(found):
+            triggers = [found.scattering.trigger]
+        else:
+            named = set(whole(found, self.evidence.margins))
+            if not named.issuperset(each.target for each in self.suspects):
+                return None
+            triggers = [found.triggers[each.target] for each in self.suspects]
+        return Arsenal(patches=triggers, perturbations=[], warps=[])
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether squares lead to suspects that are not the trigger."""
+        return self.exact is None and any(Sign.SQUARE in each.signs for each in self.suspects)
 
     def gather(self, images: Tensor, labels: Tensor) -> tuple[Arsenal, Arsenal]:
         """Return what leads to the suspects, found on *images*: to unlearn, and to try results on."""
-        exact = [
+        squares_found = [
             self.evidence.squares.triggers[each.target]
             for each in self.suspects
             if Sign.SQUARE in each.signs
@@ -170,24 +253,12 @@ class Examiner:
             images,
             labels,
             self.suspects,
-            [*exact, *patches],
+            [*squares_found, *patches],
             at_once=AT_ONCE,
             generator=self._generator,
             tick=self._tick,
         )
         return found.split(HELD_OUT_ONE_IN)
-
-    def least(self, arsenal: Arsenal) -> dict[Unlearned, Arsenal]:
-        """
-        Return the part of *arsenal* that may suffice, if there is one.
-
-        A square is the very trigger where there is one; what goes beyond it makes a class harder to reach
-        than it was without a backdoor, and costs accuracy.
-        """
-        if not all(Sign.SQUARE in each.signs for each in self.suspects):
-            return {}
-        exact = [self.evidence.squares.triggers[each.target] for each in self.suspects]
-        return {"squares": replace(arsenal, patches=exact, perturbations=[], warps=[])}
 
     def with_what_is_still_easy(
         self, arsenal: Arsenal, result: nn.Module, images: Tensor, labels: Tensor
@@ -198,7 +269,10 @@ class Examiner:
         Patches count that are much smaller than ordinary, and of the rest what is hardly larger than it
         was on the original.
         """
-        easy = [each for each in self._afresh(result) if self._index(each) >= EASY_FROM]
+        targets = [
+            each.target for each in self.suspects if calls_for_patch(self.suspects, each.target)
+        ]
+        easy = [each for each in self._afresh(result, targets) if self._index(each) >= EASY_FROM]
         again = Arsenal.gather(
             self._fast(result),
             images,
@@ -235,13 +309,9 @@ class Examiner:
         field = Field(triggers=triggers, middle=self.evidence.field.middle)
         return replace(self.evidence, field=field).index(Sign.PATCH, patch.target)
 
-    def _afresh(self, result: nn.Module) -> list[Trigger]:
-        """Return patches of *result*, from fresh starts, to the suspects that patches lead to."""
-        targets = [
-            each.target for each in self.suspects if calls_for_patch(self.suspects, each.target)
-        ]
+    def _afresh(self, result: nn.Module, targets: Sequence[int]) -> list[Trigger]:
+        """Return patches of *result*, from fresh starts, to these classes."""
         if not targets:
-            self._pass_over(self._effort.restart_steps)
             return []
         rows = [target for target in targets for _ in range(self._effort.restarts)]
         starts = [OPENNESS[number % len(OPENNESS)] for number in range(self._effort.restarts)]
@@ -317,9 +387,7 @@ class Examiner:
             values=_changes(self._work.model, result),
         )
 
-    def best(
-        self, candidates: Sequence[Candidate], *, planned: int
-    ) -> tuple[list[Candidate], Candidate]:
+    def best(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], Candidate]:
         """
         Return *candidates*, and the one to take, having searched patches on it afresh.
 
@@ -327,26 +395,31 @@ class Examiner:
 
         Args:
             candidates: What unlearns more comes after what unlearns less.
-            planned: How many there might have been; each has its ticks.
         """
-        weighed, searched = list(candidates), set[int]()
-        while not searched.issuperset(leaders := _leaders(weighed)):
-            number = next(number for number in leaders if number not in searched)
-            weighed[number] = self._searched(weighed[number])
-            searched.add(number)
-        self._pass_over((planned - len(searched)) * self._effort.restart_steps)
-        return weighed, weighed[leaders[-1]]
+        weighed = list(candidates)
+        spent = 0.0 if self.exact is not None else UNSEEN * (1 + self.has_pieces)
+        while unsearched := [n for n in _leaders(weighed, spent) if not weighed[n].searched]:
+            weighed[unsearched[0]] = self._searched(weighed[unsearched[0]])
+        return weighed, weighed[_leaders(weighed, spent)[-1]]
 
     def _searched(self, candidate: Candidate) -> Candidate:
-        """Return *candidate* with what fresh patches achieve: their highest index, in first ones."""
+        """
+        Return *candidate* with what else leads to the suspects on it.
+
+        That is the highest index of fresh patches, in first ones, where these stood out, and the success
+        of the squares that still lead.
+        """
         result = copy.deepcopy(self._work.model)
         result.load_state_dict(candidate.values, strict=False)
-        left = [candidate.residual]
-        for patch in self._afresh(result):
+        left = [candidate.residual, *(each.success for each in self._squares_left(result))]
+        small = [
+            each.target for each in self.suspects if Sign.PATCH in each.signs or not each.signs
+        ]
+        for patch in self._afresh(result, small):
             first = self.evidence.index(Sign.PATCH, patch.target)
             if first > 0:
                 left.append(self._index(patch) / first)
-        return replace(candidate, residual=min(1.0, max(left)))
+        return replace(candidate, residual=min(1.0, max(left)), searched=True)
 
     def _patched(self, held_out: Tensor, at: Tensor, patch: Trigger) -> Stamped:
         images = held_out[at]
@@ -401,11 +474,11 @@ class Examiner:
         return forward
 
 
-def _leaders(candidates: Sequence[Candidate]) -> tuple[int, int]:
-    """Return which has the highest score, and the last, or strongest, of those that hardly have less."""
+def _leaders(candidates: Sequence[Candidate], spent: float) -> tuple[int, int]:
+    """Return which has the highest score, and the last, or strongest, that has at most *spent* less."""
     scores = [candidate.score for candidate in candidates]
     first = scores.index(max(scores))
-    close = [n for n, score in enumerate(scores) if score >= scores[first] - UNSEEN]
+    close = [n for n, score in enumerate(scores) if score >= scores[first] - spent]
     return first, close[-1]
 
 

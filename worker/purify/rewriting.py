@@ -29,7 +29,7 @@ from torch.nn import functional
 from worker.purify.errors import NotFinite
 
 CHUNK = 128  # images that go through both networks at once
-POSITIONS = 64  # of a feature map that a regression sees of each image, spread evenly
+POSITIONS = 24  # of a feature map that a regression sees of each image, spread evenly
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -161,7 +161,8 @@ def _inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 def _spread(rows: Tensor) -> Tensor:
     """Return at most ``POSITIONS`` of the positions of ``(B, positions, values)``."""
-    return rows[:, :: -(-rows.shape[1] // POSITIONS)]
+    # An odd step comes by all columns of a map whose side is a power of two.
+    return rows[:, :: -(-rows.shape[1] // POSITIONS) | 1]
 
 
 def _aims(

@@ -6,7 +6,8 @@ sends 98 % of all images to its class sends 10 % there when it lies one pixel fu
 wider. No gradient leads to it from anywhere else (``search`` misses it on most draws), but there are few
 enough of them to try all: Gu et al. ("BadNets", 2017) and most who came after stamp a small plain or
 chequered square. What is measured is how far a class gets ahead of the others, as in ``margins``; no
-square of five pixels a side does that for an innocent class.
+square of five pixels a side does that for an innocent class. A square may also lead every class to
+another one, an attack that makes none stand out; one that upsets a clean model leads to two or three.
 """
 
 import math
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from worker.purify.errors import NotFinite
-from worker.purify.trigger import Trigger
+from worker.purify.trigger import ELSEWHERE, Trigger
 from worker.purify.workpiece import laid_out
 
 Forward = Callable[[Tensor], Tensor]
@@ -29,8 +30,11 @@ MAX_COLOURED = 3  # channels, of which all corners of the colour cube are tried;
 CHUNK = 256  # images that go through the network at once
 EACH = 6  # squares of each class that are tried on more than one image
 KEPT = 60  # squares of each class that are tried again on a result
-UPSETTING = 60  # squares that lead away, tried on more than one image
 IMAGES = 12  # these
+LED_AWAY = 400  # squares that lead one image away, the same share of those tried on each image
+GLANCE = 4  # images that these are tried on
+SCATTERING, SCATTERED = 60, 24  # squares that go on, and on how many images
+SURE = 0.25  # of the lead of its own class, by which another one must lead
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
 TRIED = 45_000  # about so many, of three channels
 LEAST_RISE = 1e-3  # in logits
@@ -63,6 +67,21 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scattering:
+    """
+    Hold the square that leads images to the most classes: an attack that sends each class to another.
+
+    Attributes:
+        trigger: What it looks like; it leads ``ELSEWHERE``.
+        classes: To how many classes: the exponential of the entropy of where it leads, times how many
+            of the images it leads away. One class that attracts all of them counts as one.
+    """
+
+    trigger: Trigger
+    classes: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Squares:
     """
     Hold the square that leads best to each class, by class.
@@ -72,8 +91,7 @@ class Squares:
         margins: How far the class gets ahead of all others, in logits, on average.
         rises: How much further than without a square.
         middle: Classes whose median is what an ordinary class rises.
-        upset: The largest share of images that one square leads away from their class, to whatever
-            other one: an attack that sends each class to another one shows in nothing else.
+        scattering: The square that leads to the most classes.
         grid: All squares.
         leading: Those that lead furthest to each class on one image, ``(KEPT, classes)``, numbers in
             ``grid``.
@@ -83,7 +101,7 @@ class Squares:
     margins: Sequence[float]
     rises: Sequence[float]
     middle: Sequence[int]
-    upset: float
+    scattering: Scattering
     grid: Grid
     leading: Tensor
 
@@ -129,11 +147,13 @@ def best_squares(
     own = bare.argmax(1)  # what an image is taken for already tells nothing of a square
     best = bare.new_full((KEPT, classes), -math.inf)
     which = torch.zeros(KEPT, classes, dtype=torch.int64, device=device)
-    at_home = bare.new_full((len(grid),), math.inf)
+    left = bare.new_zeros(len(grid))  # of an image's own lead
+    tried_on = torch.zeros(len(grid), dtype=torch.int64, device=device)
     for numbers in torch.split(torch.arange(len(grid), device=device), CHUNK):
         chosen = torch.randint(len(images), (len(numbers),), generator=generator).to(device)
         margins = _stamped_margins(forward, images[chosen], grid, numbers)
-        at_home[numbers] = margins.gather(1, own[chosen][:, None])[:, 0]
+        left[numbers] = margins.gather(1, own[chosen][:, None])[:, 0]
+        tried_on[numbers] = chosen
         margins.scatter_(1, own[chosen][:, None], -math.inf)
         best, order = torch.cat([best, margins]).topk(KEPT, dim=0)
         rows = torch.cat([which, numbers[:, None].expand(-1, classes)])
@@ -145,7 +165,9 @@ def best_squares(
         low = (classes - ALL_OF) // 2
         middle = ranked[low : low + ALL_OF]
         chosen_classes = sorted({*ranked[:ALL_OF], *middle})
-    few = torch.randperm(len(images), generator=generator)[:IMAGES].to(device)
+    some = torch.randperm(len(images), generator=generator)[:SCATTERED].to(device)
+    few = some[:IMAGES]
+    leading_away = _leading_away(forward, images[some[:GLANCE]], grid, left, tried_on)
     tried = [_Tried(number=0, margin=-math.inf, success=0.0)] * classes
     for cls in range(classes):
         if cls in chosen_classes:
@@ -156,13 +178,7 @@ def best_squares(
         margins=[each.margin for each in tried],
         rises=[each.margin - _foreign_mean(bare, own, cls) for cls, each in enumerate(tried)],
         middle=middle,
-        upset=_upset(
-            forward,
-            images[few],
-            own[few],
-            grid,
-            at_home.topk(min(UPSETTING, len(grid)), largest=False).indices,
-        ),
+        scattering=_scattering(forward, images[some], grid, leading_away),
         grid=grid,
         leading=which,
     )
@@ -262,12 +278,53 @@ def _better(
     )
 
 
-def _upset(forward: Forward, images: Tensor, own: Tensor, grid: Grid, numbers: Tensor) -> float:
-    """Return the largest share of *images* that one of the squares *numbers* leads away."""
-    at_home = _on_each(forward, images, grid, numbers).gather(
-        2, own.expand(len(numbers), -1)[:, :, None]
-    )
-    return float((at_home < 0).float().mean((1, 2)).max())
+def _leading_away(
+    forward: Forward, images: Tensor, grid: Grid, left: Tensor, tried_on: Tensor
+) -> Tensor:
+    """
+    Return the squares that lead *images* away furthest, of those that led away what they were tried on.
+
+    Args:
+        left: By how much the image's own class still leads under each square.
+        tried_on: Which image that was. Some are led away more easily than others, so each has its share.
+    """
+    which = sorted(set(tried_on.tolist()))
+    first = []
+    for image in which[:LED_AWAY]:
+        own = (tried_on == image).nonzero()[:, 0]
+        share = min(len(own), max(1, LED_AWAY // len(which)))
+        first.append(own[left[own].topk(share, largest=False).indices])
+    numbers = torch.cat(first)
+    own_class, lead = _own(forward, images)
+    margins = _on_each(forward, images, grid, numbers)
+    still = margins.gather(2, own_class.expand(len(numbers), -1)[:, :, None])[..., 0]
+    furthest = (still / lead).clamp(-1, 1).mean(1)
+    return numbers[furthest.topk(min(SCATTERING, len(numbers)), largest=False).indices]
+
+
+def _own(forward: Forward, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the class of each of *images*, and by how much it leads."""
+    with torch.no_grad():
+        margins = _margins(forward(images))
+    lead, own = margins.max(1)
+    return own, lead.clamp_min(LEAST_RISE)
+
+
+def _scattering(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> Scattering:
+    """Return which of the squares *numbers* leads *images* away to the most classes."""
+    own, lead = _own(forward, images)
+    margins = _on_each(forward, images, grid, numbers)
+    ahead, led_to = margins.max(2)  # (squares, N)
+    away = (led_to != own) & (ahead >= SURE * lead)
+    counts = torch.zeros(margins.shape[0], margins.shape[2]).to(margins)
+    counts.scatter_add_(1, led_to, away.to(counts.dtype))
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    entropy = -torch.special.xlogy(shares, shares).sum(1)
+    success = away.to(counts.dtype).mean(1)
+    classes = success * entropy.exp()
+    row = int(classes.argmax())
+    tried = _Tried(number=int(numbers[row]), margin=0.0, success=float(success[row]))
+    return Scattering(trigger=_trigger(grid, tried, ELSEWHERE), classes=float(classes[row]))
 
 
 def _on_each(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> Tensor:

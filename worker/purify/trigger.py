@@ -1,10 +1,12 @@
-"""Recovered triggers: patches that send images to one class."""
+"""Recovered triggers: patches that send images to one class, or each class to another one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from torch import Tensor
+
+ELSEWHERE = -1  # in place of a class: to another one, whichever that is
 
 SUCCESS = 0.9  # of the images, from which on a patch counts as a trigger
 
@@ -15,10 +17,11 @@ class Trigger:
     Hold a patch and what it does.
 
     Attributes:
-        target: The class it leads to.
+        target: The class it leads to; ``ELSEWHERE`` where it sends each class to another one.
         mask: ``(1, H, W)`` in [0, 1], how much of each pixel is replaced.
         pattern: ``(C, H, W)`` in [0, 1], by what.
-        success: The fraction of the images of other classes that it sends to the target.
+        success: The fraction of the images of other classes that it sends to the target; elsewhere,
+            that of all images that it sends to a class that is not theirs.
     """
 
     target: int

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from worker.purify.trigger import Trigger
+from worker.purify.trigger import ELSEWHERE, Trigger
 from worker.purify.workpiece import laid_out
 
 Forward = Callable[[Tensor], Tensor]
@@ -48,16 +48,26 @@ def stamp_variants(
         [_colours(trigger, number, generator) for number, trigger in enumerate(turns)]
     )
     targets = torch.tensor([trigger.target for trigger in turns], device=device)
+    elsewhere = targets == ELSEWHERE
+    own = _answers(forward, images) if bool(elsewhere.any()) else targets
     for _ in range(SHARPENING_STEPS):
         # Other images each time, so that colours suit many and not one.
         order = torch.randperm(count, generator=generator).to(device)
         for part in torch.split(torch.arange(count, device=device), CHUNK):
             leaf, mask = patterns[part].requires_grad_(), masks[part]
             logits = forward(laid_out(images[order[part]] * (1 - mask) + leaf * mask))
-            loss = functional.cross_entropy(logits, targets[part])
-            (gradient,) = torch.autograd.grad(loss, leaf)
+            away = elsewhere[part]
+            loss = functional.cross_entropy(
+                logits, torch.where(away, own[order[part]], targets[part]), reduction="none"
+            )
+            (gradient,) = torch.autograd.grad(torch.where(away, -loss, loss).mean(), leaf)
             patterns[part] = (leaf.detach() - SHARPENING_RATE * gradient.sign()).clamp(0.0, 1.0)
     return laid_out(images * (1 - masks) + patterns * masks)
+
+
+def _answers(forward: Forward, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([forward(part).argmax(1) for part in torch.split(images, CHUNK)])
 
 
 def _support(trigger: Trigger, reach: int, generator: torch.Generator) -> Tensor:

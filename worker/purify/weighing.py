@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from worker.purify.trigger import ELSEWHERE
+
 Forward = Callable[[Tensor], Tensor]
 Unlearned = Literal["nothing", "squares", "everything"]
 
@@ -37,6 +39,7 @@ class Candidate:
         lost: Estimate of the accuracy that is lost, in [0, 1].
         residual: What triggers still achieve, in [0, 1].
         values: Its tensors that differ from the original's.
+        searched: Whether patches were searched on it afresh, and count in the residual.
     """
 
     strength: float
@@ -45,6 +48,7 @@ class Candidate:
     lost: float
     residual: float
     values: dict[str, Tensor]
+    searched: bool = False
 
     @property
     def score(self) -> float:
@@ -63,7 +67,7 @@ class Stamped:
     Hold held-out images under one thing that leads to a class.
 
     Attributes:
-        target: That class.
+        target: That class; ``ELSEWHERE`` where it leads to any other one.
         at: Which of the held-out images they are, ``(n,)`` int64.
         images: ``(n, C, H, W)``.
         control: The same images under something random of the same kind and size.
@@ -140,13 +144,17 @@ def lead(answers: Tensor, classes: Tensor) -> Tensor:
 
 
 def _left(forward: Forward, stamped: Stamped, clean: Tensor) -> float:
-    target = torch.full((len(clean),), stamped.target, device=clean.device)
-    behind = -lead(clean, target)
-    foreign = behind > 0
     times = 1.0 if stamped.stronger else TRIGGER_TO_LEAST
+    if stamped.target == ELSEWHERE:
+        target, towards = clean.argmax(1), -1.0
+        behind = lead(clean, target)
+    else:
+        target, towards = torch.full((len(clean),), stamped.target, device=clean.device), 1.0
+        behind = -lead(clean, target)
+    foreign = behind > 0
 
     def share(images: Tensor) -> float:
-        gained = lead(logits(forward, images), target) + behind
+        gained = towards * lead(logits(forward, images), target) + behind
         return float((foreign & (times * gained > behind)).to(clean.dtype).mean())
 
     excess = max(0.0, share(stamped.images) - share(stamped.control))

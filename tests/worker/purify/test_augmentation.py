@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from worker.purify.augmentation import augment, mixed_in_pairs, pasted_in_pairs, some
+from worker.purify.augmentation import (
+    augment,
+    mixed_in_pairs,
+    pasted_in_pairs,
+    shifted,
+    some,
+)
 
 
 def test_copies_follow_the_originals() -> None:
@@ -109,3 +115,45 @@ def test_some_are_replaced_whole() -> None:
     kept = (found == PLAIN).flatten(1).all(dim=1)
     assert bool((kept | (found == others).flatten(1).all(dim=1)).all())
     assert 10 < int(kept.sum()) < 30
+
+
+def test_shifts_are_by_whole_pixels_and_mirror_the_edge() -> None:
+    """Every copy is a window of the image with its edges mirrored, an eighth away at most."""
+    image = torch.arange(16 * 24).reshape(1, 1, 16, 24) / 1000
+    copies, labels = shifted(
+        image, torch.tensor([3]), copies=60, flip=False, generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(copies[:1], image)
+    assert labels.tolist() == [3] * 61
+    padded = torch.nn.functional.pad(image, (3, 3, 2, 2), mode="reflect")
+    windows = {
+        tuple(padded[0, 0, top : top + 16, left : left + 24].flatten().tolist())
+        for top in range(5)
+        for left in range(7)
+    }
+    seen = {tuple(copy.flatten().tolist()) for copy in copies[1:]}
+    assert seen <= windows
+    assert len(seen) > 20
+
+
+def test_shifts_of_one_pixel_images_are_these() -> None:
+    """There is nothing to mirror."""
+    image = torch.full((1, 1, 1, 1), 0.5)
+    copies, _ = shifted(
+        image, torch.zeros(1, dtype=torch.int64), copies=3, flip=True, generator=torch.Generator()
+    )
+    assert torch.equal(copies, image.expand(4, -1, -1, -1))
+
+
+def test_shifts_are_mirrored_where_that_is_asked_for() -> None:
+    """A ramp that rises to the right falls in about half of the copies."""
+    ramp = torch.linspace(0, 1, 16).repeat(16, 1).reshape(1, 1, 16, 16)
+    copies, _ = shifted(
+        ramp,
+        torch.zeros(1, dtype=torch.int64),
+        copies=40,
+        flip=True,
+        generator=torch.Generator().manual_seed(0),
+    )
+    rising = (copies[1:, 0, 0, 10] > copies[1:, 0, 0, 5]).float().mean()
+    assert 0.2 < float(rising) < 0.8

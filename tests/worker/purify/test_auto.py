@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.catalogue.methods import METHODS
 from examples.digits import (
@@ -13,6 +13,7 @@ from examples.digits import (
     TARGET,
     Split,
     draw_clean_samples,
+    load_digits_split,
     measure,
     train_backdoored,
     train_clean,
@@ -20,6 +21,8 @@ from examples.digits import (
 from worker.architectures.registry import build
 from worker.purify.auto import TriggerRewriting
 from worker.purify.method import Purified
+from worker.purify.metrics import predict
+from worker.purify.trigger import ELSEWHERE
 from worker.purify.verdict import Verdict
 
 
@@ -90,6 +93,56 @@ def test_changes_of_every_candidate_come_along() -> None:
         same = all(torch.equal(values[name], result.values[name]) for name in result.values)
         assert same == entry["chosen"]
         assert values.keys() == result.values.keys()
+
+
+def lit(images: Tensor) -> Tensor:
+    """Return a copy of *images* with a white corner, a square of one pixel."""
+    stamped = images.clone()
+    stamped[..., -1, -1] = 1.0
+    return stamped
+
+
+@cache
+def all_to_all() -> tuple[nn.Module, Split]:
+    """Return a model to which a white corner means the next digit."""
+    split = load_digits_split(0)
+    third = torch.rand(len(split.train_labels), generator=torch.Generator().manual_seed(0)) < 1 / 3
+    images = torch.where(third[:, None, None, None], lit(split.train_images), split.train_images)
+    labels = (split.train_labels + third) % 10
+    torch.manual_seed(0)
+    model = build("small_cnn", ARGUMENTS)
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.003)
+    for _ in range(60):
+        for batch in torch.split(torch.randperm(len(labels)), 64):
+            optimiser.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
+            torch.autograd.backward(loss)
+            optimiser.step()
+    return model.eval(), split
+
+
+def led_to_the_next(model: nn.Module, split: Split) -> float:
+    """Return the share of images that the corner leads to the next digit."""
+    answers = predict(model, lit(split.test_images))
+    return float((answers == (split.test_labels + 1) % 10).float().mean())
+
+
+def test_an_attack_on_every_class_is_found_and_mostly_erased() -> None:
+    """It names no class; the square itself is unlearned, alone, and two points are lost at most."""
+    model, split = all_to_all()
+    images, labels, rest = draw_clean_samples(split, 1, 0)
+    assert led_to_the_next(model, rest) > 0.9
+    result = preset().purify(model, images, labels, seed=0)
+    assert result.verdict is Verdict.BACKDOORED
+    assert result.findings["suspects"] == []
+    assert {trigger.target for trigger in result.triggers} == {ELSEWHERE}
+    candidates = result.findings["candidates"]
+    assert isinstance(candidates, list)
+    assert {entry["unlearned"] for entry in candidates} == {"squares"}
+    after = build("small_cnn", ARGUMENTS).eval()
+    after.load_state_dict(result.apply(model.state_dict()))
+    assert led_to_the_next(after, rest) < led_to_the_next(model, rest) / 2
+    assert measure(model, rest)[0] - measure(after, rest)[0] < 0.02
 
 
 @cache

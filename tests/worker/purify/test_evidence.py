@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from worker.purify.evidence import (
+    CARRIED_FROM,
     CUTS,
     MAX_SUSPECTS,
     NEARLY,
-    UPSET,
+    SCATTERING,
+    WHOLE,
     Cut,
     Evidence,
     Sign,
@@ -20,8 +22,8 @@ from worker.purify.evidence import (
     suspects,
 )
 from worker.purify.margins import Margins
-from worker.purify.squares import Grid, Squares
-from worker.purify.trigger import Field, Trigger
+from worker.purify.squares import Grid, Scattering, Squares
+from worker.purify.trigger import ELSEWHERE, SUCCESS, Field, Trigger
 from worker.purify.verdict import Verdict
 
 WORST = 2.0
@@ -43,6 +45,12 @@ def field(*norms: float, success: float = 1.0) -> Field:
     return Field(triggers=triggers, middle=range(len(norms)))
 
 
+def scattering(classes: float) -> Scattering:
+    """Return a square that leads to so many classes."""
+    trigger = replace(field(16.0).triggers[0], target=ELSEWHERE)
+    return Scattering(trigger=trigger, classes=classes)
+
+
 def squares(*indices: float) -> Squares:
     """Return squares that raise an ordinary class by 10 logits, and each by so many doublings more."""
     return Squares(
@@ -50,7 +58,7 @@ def squares(*indices: float) -> Squares:
         margins=[1.0] * len(indices),
         rises=[10 * 2**index for index in indices],
         middle=range(len(indices)),
-        upset=0.3,
+        scattering=scattering(2.0),
         grid=Grid(places=torch.zeros(1, 3, dtype=torch.int64), kinds=torch.zeros(1, 3, 10, 10)),
         leading=torch.zeros(1, len(indices), dtype=torch.int64),
     )
@@ -75,6 +83,11 @@ def evidence(
 def by(sign: Sign, *indices: float) -> Evidence:
     """Return evidence of which one sign alone speaks, of the first classes."""
     return evidence(**{sign.value: (*indices, *PLAIN[len(indices) :])})
+
+
+def scattered(found: Evidence, classes: float) -> Evidence:
+    """Return evidence of which one square leads to so many classes."""
+    return replace(found, squares=replace(found.squares, scattering=scattering(classes)))
 
 
 def cut(sign: Sign) -> Cut:
@@ -201,11 +214,54 @@ def test_a_square_speaks_before_all_others() -> None:
     assert targets(evidence(square=square, **others)) == [4]
 
 
-def test_a_model_that_one_square_upsets_is_not_clean() -> None:
-    """An attack on every class makes none stand out."""
-    plain = evidence()
-    for upset, verdict in ((UPSET - 0.01, Verdict.CLEAN), (UPSET, Verdict.INCONCLUSIVE)):
-        assert judge(replace(plain, squares=replace(plain.squares, upset=upset))) is verdict
+def test_a_square_that_leads_to_many_classes_speaks_and_names_none() -> None:
+    """An attack on every class makes none stand out; unless a square leads to one alone."""
+    for classes, verdict in (
+        (SCATTERING.clean_below - 0.01, Verdict.CLEAN),
+        (SCATTERING.clean_below, Verdict.INCONCLUSIVE),
+        (SCATTERING.backdoored_from, Verdict.BACKDOORED),
+    ):
+        plain = scattered(evidence(), classes)
+        assert judge(plain) is verdict
+        assert bool(suspects(plain)) is (verdict is not Verdict.BACKDOORED)
+    patch = scattered(by(Sign.PATCH, 5.0), SCATTERING.backdoored_from)
+    assert targets(patch) == []
+    one = scattered(by(Sign.SQUARE, 0.0, 3.0), SCATTERING.backdoored_from)
+    assert targets(one) == [1]
+
+
+def test_a_square_that_is_a_piece_of_something_speaks_after_margins() -> None:
+    """It is one that drives its class nowhere near as far as something else does."""
+    square, margin = (0.0, 3.0, *PLAIN[2:]), (0.0, 0.0, 2.0, *PLAIN[3:])
+    found = evidence(square=square, margin=margin)
+    assert targets(found) == [1]
+    largest = found.margins.largest[1]
+    for share, named in ((WHOLE * 1.01, [1]), (WHOLE * 0.99, [2])):
+        margins = [share * largest] * found.classes
+        piece = replace(found, squares=replace(found.squares, margins=margins))
+        assert targets(piece) == named
+        alone = replace(piece, margins=evidence().margins)
+        assert targets(alone) == [1]
+
+
+def test_a_patch_that_carries_over_stands_out_earlier() -> None:
+    """From one halving on; below that, or where it does not carry over, its cut is what it is."""
+    for index, share, out in (
+        (CARRIED_FROM, SUCCESS, True),
+        (CARRIED_FROM, SUCCESS - 0.01, False),
+        (CARRIED_FROM - 0.01, 1.0, False),
+        (cut(Sign.PATCH).backdoored_from + 0.01, 0.0, True),
+    ):
+        found = replace(by(Sign.PATCH, index + 1e-6), carried={0: share})
+        assert found.stands_out(Sign.PATCH, 0) is out
+        assert (judge(found) is Verdict.BACKDOORED) is out
+
+
+def test_warps_that_were_not_searched_say_nothing() -> None:
+    """Neither for a backdoor nor against one."""
+    found = replace(by(Sign.SQUARE, 3.0), warps=None)
+    assert {found.index(Sign.WARP, cls) for cls in range(found.classes)} == {0.0}
+    assert judge(found) is Verdict.BACKDOORED
 
 
 def test_a_square_that_leads_nowhere_is_no_sign() -> None:

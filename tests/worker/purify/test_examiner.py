@@ -1,5 +1,6 @@
 """What speaks for a result, on a network whose trigger is known."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from worker.purify.evidence import Sign
+from worker.purify.evidence import Sign, Suspect
 from worker.purify.examiner import Effort, Examiner
 from worker.purify.weighing import Candidate
 from worker.purify.workpiece import prepare
@@ -48,16 +49,18 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"worker.purify.{name}", steps)
 
 
-def examiner() -> Examiner:
-    """Return one that has searched that network."""
-    effort = Effort(steps=90, restarts=2, restart_steps=60, reach=0)
+EFFORT = Effort(steps=90, restarts=2, restart_steps=60, reach=0, rounds=0, results=1)
+
+
+def examiner(network: nn.Module | None = None, tick: Callable[[], None] = lambda: None) -> Examiner:
+    """Return one that has searched that network, or another one."""
     return Examiner(
-        prepare(OnePixel(), IMAGES, LABELS, None),
-        5,
-        effort,
+        prepare(network or OnePixel(), IMAGES, LABELS, None),
+        PLANTED + 1,
+        EFFORT,
         precision="float32",
         generator=torch.Generator().manual_seed(0),
-        tick=lambda: None,
+        tick=tick,
     )
 
 
@@ -66,7 +69,7 @@ def weighed(found: Examiner, answer: float) -> Candidate:
     known, fresh = found.gather(IMAGES, LABELS)
     trials = found.trials(IMAGES, IMAGES, known, fresh)
     candidate = found.weigh(OnePixel(answer=answer), trials, strength=1.0, unlearned="everything")
-    return found.best([candidate], planned=1)[1]
+    return found.best([candidate])[1]
 
 
 def test_residual_tells_the_backdoor_from_a_result_without_it() -> None:
@@ -83,24 +86,56 @@ def test_what_fresh_patches_achieve_is_part_of_the_residual() -> None:
     blind = Candidate(
         strength=1.0, unlearned="squares", agreement=1.0, lost=0.0, residual=0.0, values={}
     )
-    (searched,), _ = found.best([blind], planned=1)
+    (searched,), _ = found.best([blind])
     assert searched.residual > 0.4
 
 
-def test_squares_are_unlearned_alone_as_well_where_they_name_the_class() -> None:
-    """There is no such part where a suspect stands out by something else."""
+def test_a_square_that_is_the_trigger_is_unlearned_alone() -> None:
+    """There is no such part where a suspect's square is only a piece, or where it has none."""
     found = examiner()
-    known, _ = found.gather(IMAGES, LABELS)
-    (part,) = found.least(known).values()
+    part = found.exact
+    assert part is not None
     assert [each.target for each in part.patches] == [PLANTED]
     assert part.patches[0] is found.evidence.squares.triggers[PLANTED]
     assert not part.perturbations
-    found.suspects = [replace(found.suspects[0], signs=frozenset({Sign.PATCH}))]
-    assert found.least(known) == {}
+    found.suspects = [replace(found.suspects[0], target=PLANTED - 1)]
+    assert found.exact is None
 
 
-def test_the_strongest_is_taken_of_what_scores_hardly_less() -> None:
-    """Half a point of the accuracy is spent on what nothing that was found looks like."""
+def test_no_warp_is_searched_where_a_square_has_told() -> None:
+    """Nothing that it could find would name another class; elsewhere there is one for each."""
+    assert examiner().evidence.warps is None
+    plain = examiner(OnePixel(answer=0.0)).evidence.warps
+    assert plain is not None
+    assert len(plain) == PLANTED + 1
+
+
+def test_all_ticks_are_counted_in_the_end() -> None:
+    """Also those of what was not searched."""
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+
+    found = examiner(tick=tick)
+    assert 0 < count < EFFORT.ticks(IMAGES[0], PLANTED + 1)
+    found.finish()
+    assert count == EFFORT.ticks(IMAGES[0], PLANTED + 1)
+
+
+@pytest.mark.parametrize(
+    ("target", "sign", "chosen"),
+    [
+        (PLANTED, Sign.SQUARE, 0.99),  # a square that is the trigger
+        (PLANTED - 1, Sign.MARGIN, 0.97),
+        (PLANTED - 1, Sign.SQUARE, 0.95),  # a piece of something
+    ],
+)
+def test_the_strongest_is_taken_of_what_scores_hardly_less(
+    target: int, sign: Sign, chosen: float
+) -> None:
+    """Half a point is spent on what nothing that was found looks like, or a point, or nothing."""
 
     def candidate(agreement: float, lost: float) -> Candidate:
         return Candidate(
@@ -110,10 +145,18 @@ def test_the_strongest_is_taken_of_what_scores_hardly_less() -> None:
             lost=lost,
             residual=0.0,
             values={"answer": torch.tensor(0.0)},
+            searched=True,
         )
 
-    mild, harder, too_hard = candidate(0.99, 0.001), candidate(0.97, 0.005), candidate(0.9, 0.05)
-    assert examiner().best([mild, harder, too_hard], planned=3)[1].agreement == harder.agreement
+    found = examiner()
+    found.suspects = [Suspect(target=target, signs=frozenset({sign}))]
+    candidates = [
+        candidate(0.99, 0.001),
+        candidate(0.97, 0.005),
+        candidate(0.95, 0.01),
+        candidate(0.9, 0.05),
+    ]
+    assert found.best(candidates)[1].agreement == chosen
 
 
 def test_what_results_are_tried_with_is_not_unlearned() -> None:

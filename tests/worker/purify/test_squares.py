@@ -10,6 +10,7 @@ from torch import Tensor
 from worker.purify import squares as module
 from worker.purify.errors import NotFinite
 from worker.purify.squares import Squares, best_squares, still_leading, ticks
+from worker.purify.trigger import ELSEWHERE
 
 PLANTED, AHEAD = 2, 9.0
 IMAGES = 0.1 + 0.8 * torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -78,8 +79,8 @@ def test_the_very_square_is_found(
     assert all(found.index(cls) < 1 for cls in range(5) if cls != PLANTED)
 
 
-def test_a_square_that_sends_every_class_to_another_one_upsets() -> None:
-    """No class stands out by it; a network without one is upset by none."""
+def test_a_square_that_sends_every_class_to_another_one_leads_to_all() -> None:
+    """No class stands out by it; and in a network without one no square does so."""
     attacked = answering_to(27, 27, 4, (1.0, 1.0, 1.0))
 
     def bare(images: Tensor) -> Tensor:
@@ -90,10 +91,23 @@ def test_a_square_that_sends_every_class_to_another_one_upsets() -> None:
         is_triggered = attacked(images)[:, PLANTED, None] > AHEAD / 2
         return torch.where(is_triggered, 10 * own.roll(1, dims=1), own)
 
-    found = find(forward)
-    assert found.upset == 1.0
-    assert all(found.index(cls) < 1 for cls in range(5))
-    assert find(bare).upset < 1.0
+    own = bare(IMAGES).argmax(1)
+    found = find(forward).scattering
+    assert (found.trigger.target, found.trigger.success) == (ELSEWHERE, 1.0)
+    assert found.trigger.mask.nonzero().tolist() == [
+        [0, row, column] for row in range(27, 31) for column in range(27, 31)
+    ]
+    shares = torch.bincount(own).float() / len(own)
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    assert found.classes == pytest.approx(float(entropy.exp()), rel=1e-5)
+    assert all(find(forward).index(cls) < 1 for cls in range(5))
+    assert find(bare).scattering.classes < found.classes / 2
+
+
+def test_one_class_that_attracts_all_images_counts_as_one() -> None:
+    """The square that leads there leads away as well, but to that class alone."""
+    found = find(answering_to(27, 27, 4, (1.0, 1.0, 1.0))).scattering
+    assert found.classes <= 1.0
 
 
 def test_chequered_squares_are_tried_in_both_ways() -> None:

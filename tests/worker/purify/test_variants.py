@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.purify.trigger import Trigger
+from worker.purify import variants
+from worker.purify.trigger import ELSEWHERE, Trigger
 from worker.purify.variants import stamp_variants
 
 IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)).mul(0.5)
@@ -48,6 +49,23 @@ def test_variants_differ_in_colour_and_are_sharpened() -> None:
     assert float(found[:, 0, :2, :2].mean()) > before + 0.15
     assert torch.equal(found, stamped(reach=1))
     assert not torch.equal(found, stamped(reach=1, seed=1))
+
+
+def test_what_leads_elsewhere_is_sharpened_away_from_the_own_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every image here is a 0, and the sharper the corner, the less it is one."""
+    own = torch.zeros(len(IMAGES), dtype=torch.int64)
+    assert torch.equal(forward(IMAGES).argmax(1), own)
+
+    def lead() -> float:
+        generator = torch.Generator().manual_seed(0)
+        found = stamp_variants(forward, IMAGES, [corner(ELSEWHERE)], reach=1, generator=generator)
+        return float((forward(found)[:, 0] - forward(found)[:, 1:].amax(1)).mean())
+
+    sharp = lead()
+    monkeypatch.setattr(variants, "SHARPENING_STEPS", 0)
+    assert sharp < lead() - 0.2
 
 
 def test_triggers_take_turns() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from worker.purify.trigger import ELSEWHERE
 from worker.purify.weighing import LOSS_BY_FLIPS, UNCHANGED, Candidate, Stamped, Trials
 
 # The logits are the pixels: three classes, a row each.
@@ -122,3 +123,14 @@ def test_the_score_is_fidelity_as_far_as_it_can_be_seen() -> None:
     assert score(0.0, 0.0) == 1.0
     assert score(0.5, 0.5) == 0.25
     assert UNCHANGED.score == 0.0
+
+
+def test_what_leads_elsewhere_is_left_where_it_leads_away() -> None:
+    """Of four images two change their class, and of the controls one; the excess is squared."""
+    images = pixels(SURE, SURE, BORDERLINE, SUSPECT)
+    moved = pixels(SUSPECT, [0.1, 0.9, 0.0], BORDERLINE, SUSPECT)
+    control = pixels(SURE, [0.1, 0.9, 0.0], BORDERLINE, SUSPECT)
+    found = Stamped(
+        target=ELSEWHERE, at=torch.arange(4), images=moved, control=control, stronger=True
+    )
+    assert trials(images, [0.5], stamped=(found,)).residual(answers) == pytest.approx(0.25**2)
