@@ -19,6 +19,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from worker.purify.augmentation import shifted
 from worker.purify.errors import NotFinite
 from worker.purify.trigger import ELSEWHERE, Trigger
 from worker.purify.workpiece import laid_out
@@ -31,9 +32,9 @@ CHUNK = 256  # images that go through the network at once
 EACH = 6  # squares of each class that are tried on more than one image
 KEPT = 60  # squares of each class that are tried again on a result
 IMAGES = 12  # these
-LED_AWAY = 400  # squares that lead one image away, the same share of those tried on each image
+LED_AWAY = 2_000  # squares that lead one image away, the same share of those tried on each image
 GLANCE = 4  # images that these are tried on
-SCATTERING, SCATTERED = 60, 24  # squares that go on, and on how many images
+SCATTERING, SCATTERED = 200, 24  # squares that go on, and on how many images, shifted where too few
 SURE = 0.25  # of the lead of its own class, by which another one must lead
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
 TRIED = 45_000  # about so many, of three channels
@@ -168,6 +169,9 @@ def best_squares(
     some = torch.randperm(len(images), generator=generator)[:SCATTERED].to(device)
     few = some[:IMAGES]
     leading_away = _leading_away(forward, images[some[:GLANCE]], grid, left, tried_on)
+    # How many classes there are to be led to is a matter of chance among a few images.
+    copies = -(-SCATTERED // len(some)) - 1
+    more, _ = shifted(images[some], own[some], copies=copies, flip=False, generator=generator)
     tried = [_Tried(number=0, margin=-math.inf, success=0.0)] * classes
     for cls in range(classes):
         if cls in chosen_classes:
@@ -178,7 +182,7 @@ def best_squares(
         margins=[each.margin for each in tried],
         rises=[each.margin - _foreign_mean(bare, own, cls) for cls, each in enumerate(tried)],
         middle=middle,
-        scattering=_scattering(forward, images[some], grid, leading_away),
+        scattering=_scattering(forward, laid_out(more[:SCATTERED]), grid, leading_away),
         grid=grid,
         leading=which,
     )
@@ -329,12 +333,15 @@ def _scattering(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -
 
 def _on_each(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> Tensor:
     """Return the margins of every one of *images* under each square, ``(squares, N, classes)``."""
+    each = torch.arange(len(images), device=images.device).repeat(len(numbers))
     parts = zip(
-        torch.split(images.repeat(len(numbers), 1, 1, 1), CHUNK),
+        torch.split(each, CHUNK),
         torch.split(numbers.repeat_interleave(len(images)), CHUNK),
         strict=True,
     )
-    margins = torch.cat([_stamped_margins(forward, part, grid, which) for part, which in parts])
+    margins = torch.cat(
+        [_stamped_margins(forward, images[rows], grid, which) for rows, which in parts]
+    )
     return margins.view(len(numbers), len(images), -1)
 
 

@@ -79,20 +79,24 @@ def test_the_very_square_is_found(
     assert all(found.index(cls) < 1 for cls in range(5) if cls != PLANTED)
 
 
+def bare(images: Tensor) -> Tensor:
+    """Go by five pixels, of which no square covers two."""
+    return images[:, 0, ::7, 0] * 4
+
+
+def sending_on(images: Tensor) -> Tensor:
+    """Give the next class where a square lies, and else what ``bare`` gives."""
+    attacked = answering_to(27, 27, 4, (1.0, 1.0, 1.0))
+    own = bare(images)
+    is_triggered = attacked(images)[:, PLANTED, None] > AHEAD / 2
+    return torch.where(is_triggered, 10 * own.roll(1, dims=1), own)
+
+
 def test_a_square_that_sends_every_class_to_another_one_leads_to_all() -> None:
     """No class stands out by it; and in a network without one no square does so."""
-    attacked = answering_to(27, 27, 4, (1.0, 1.0, 1.0))
-
-    def bare(images: Tensor) -> Tensor:
-        return images[:, 0, ::7, 0] * 4  # five pixels, of which no square covers two
-
-    def forward(images: Tensor) -> Tensor:
-        own = bare(images)
-        is_triggered = attacked(images)[:, PLANTED, None] > AHEAD / 2
-        return torch.where(is_triggered, 10 * own.roll(1, dims=1), own)
-
-    own = bare(IMAGES).argmax(1)
-    found = find(forward).scattering
+    enough = 0.1 + 0.8 * torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    own = bare(enough).argmax(1)
+    found = find(sending_on, images=enough).scattering
     assert (found.trigger.target, found.trigger.success) == (ELSEWHERE, 1.0)
     assert found.trigger.mask.nonzero().tolist() == [
         [0, row, column] for row in range(27, 31) for column in range(27, 31)
@@ -100,14 +104,27 @@ def test_a_square_that_sends_every_class_to_another_one_leads_to_all() -> None:
     shares = torch.bincount(own).float() / len(own)
     entropy = -torch.special.xlogy(shares, shares).sum()
     assert found.classes == pytest.approx(float(entropy.exp()), rel=1e-5)
-    assert all(find(forward).index(cls) < 1 for cls in range(5))
-    assert find(bare).scattering.classes < found.classes / 2
+    assert all(find(sending_on, images=enough).index(cls) < 1 for cls in range(5))
+    assert find(bare, images=enough).scattering.classes < found.classes / 2
+
+
+def test_a_few_images_are_shifted_to_see_how_many_classes_a_square_leads_to() -> None:
+    """Two images can be led to two classes at most, and their shifts to more."""
+    found, clean = (find(forward, images=IMAGES[:2]).scattering for forward in (sending_on, bare))
+    assert found.classes > 2
+    assert found.trigger.success == 1.0
+    assert clean.classes < found.classes / 2
 
 
 def test_one_class_that_attracts_all_images_counts_as_one() -> None:
     """The square that leads there leads away as well, but to that class alone."""
-    found = find(answering_to(27, 27, 4, (1.0, 1.0, 1.0))).scattering
+
+    def attracting(images: Tensor) -> Tensor:
+        return bare(images) + answering_to(27, 27, 4, (1.0, 1.0, 1.0))(images)
+
+    found = find(attracting).scattering
     assert found.classes <= 1.0
+    assert find(sending_on).scattering.classes > 2 * found.classes
 
 
 def test_chequered_squares_are_tried_in_both_ways() -> None:
