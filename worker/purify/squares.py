@@ -32,9 +32,9 @@ CHUNK = 256  # images that go through the network at once
 EACH = 6  # squares of each class that are tried on more than one image
 KEPT = 60  # squares of each class that are tried again on a result
 IMAGES = 12  # these
-LED_AWAY = 2_000  # squares that lead one image away, the same share of those tried on each image
-GLANCE = 4  # images that these are tried on
-SCATTERING, SCATTERED = 200, 24  # squares that go on, and on how many images, shifted where too few
+LED_AWAY = 1_000  # squares that lead one image away, the same share of those tried on each image
+GLANCE = 10  # images that these are tried on
+SCATTERING, SCATTERED = 20, 40  # squares that go on, and on how many other images, shifted ones
 SURE = 0.25  # of the lead of its own class, by which another one must lead
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
 TRIED = 45_000  # about so many, of three channels
@@ -66,6 +66,12 @@ class Grid:
         found: Tensor = self.kinds[numbers % len(self.kinds)]
         return found
 
+    def with_other_kinds(self, numbers: Tensor) -> Tensor:
+        """Return all squares that lie where one of *numbers* does, those of one place together."""
+        kinds = torch.arange(len(self.kinds), device=numbers.device)
+        places: Tensor = torch.unique(numbers // len(self.kinds))
+        return (places[:, None] * len(self.kinds) + kinds).flatten()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scattering:
@@ -75,7 +81,8 @@ class Scattering:
     Attributes:
         trigger: What it looks like; it leads ``ELSEWHERE``.
         classes: To how many classes: the exponential of the entropy of where it leads, times how many
-            of the images it leads away. One class that attracts all of them counts as one.
+            of the images it leads away. One class that attracts all of them counts as one, and an
+            image that half of the other squares lead away from the same place does not count.
     """
 
     trigger: Trigger
@@ -168,10 +175,19 @@ def best_squares(
         chosen_classes = sorted({*ranked[:ALL_OF], *middle})
     some = torch.randperm(len(images), generator=generator)[:SCATTERED].to(device)
     few = some[:IMAGES]
-    leading_away = _leading_away(forward, images[some[:GLANCE]], grid, left, tried_on)
-    # How many classes there are to be led to is a matter of chance among a few images.
-    copies = -(-SCATTERED // len(some)) - 1
+    copies = -(-(GLANCE + SCATTERED) // len(some))
     more, _ = shifted(images[some], own[some], copies=copies, flip=False, generator=generator)
+    # What is the best on a few images is so by chance as well, so others tell how good it is.
+    glance = _led(forward, laid_out(more[:GLANCE]), grid, _leading_away(left, tried_on))
+    scattering = _scattering(
+        _led(
+            forward,
+            laid_out(more[-SCATTERED:]),
+            grid,
+            grid.with_other_kinds(glance.best(SCATTERING)),
+        ),
+        grid,
+    )
     tried = [_Tried(number=0, margin=-math.inf, success=0.0)] * classes
     for cls in range(classes):
         if cls in chosen_classes:
@@ -182,7 +198,7 @@ def best_squares(
         margins=[each.margin for each in tried],
         rises=[each.margin - _foreign_mean(bare, own, cls) for cls, each in enumerate(tried)],
         middle=middle,
-        scattering=_scattering(forward, laid_out(more[:SCATTERED]), grid, leading_away),
+        scattering=scattering,
         grid=grid,
         leading=which,
     )
@@ -282,52 +298,93 @@ def _better(
     )
 
 
-def _leading_away(
-    forward: Forward, images: Tensor, grid: Grid, left: Tensor, tried_on: Tensor
-) -> Tensor:
+def _leading_away(left: Tensor, tried_on: Tensor) -> Tensor:
     """
-    Return the squares that lead *images* away furthest, of those that led away what they were tried on.
+    Return the squares that lead away furthest what they were tried on.
 
     Args:
         left: By how much the image's own class still leads under each square.
         tried_on: Which image that was. Some are led away more easily than others, so each has its share.
     """
     which = sorted(set(tried_on.tolist()))
-    first = []
+    furthest = []
     for image in which[:LED_AWAY]:
         own = (tried_on == image).nonzero()[:, 0]
         share = min(len(own), max(1, LED_AWAY // len(which)))
-        first.append(own[left[own].topk(share, largest=False).indices])
-    numbers = torch.cat(first)
-    own_class, lead = _own(forward, images)
-    margins = _on_each(forward, images, grid, numbers)
-    still = margins.gather(2, own_class.expand(len(numbers), -1)[:, :, None])[..., 0]
-    furthest = (still / lead).clamp(-1, 1).mean(1)
-    return numbers[furthest.topk(min(SCATTERING, len(numbers)), largest=False).indices]
+        furthest.append(own[left[own].topk(share, largest=False).indices])
+    return torch.cat(furthest)
 
 
-def _own(forward: Forward, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the class of each of *images*, and by how much it leads."""
+@dataclass(frozen=True, kw_only=True)
+class _Led:
+    """
+    Hold where squares led a few images.
+
+    Attributes:
+        numbers: Of the squares, ``(M,)``, in the grid.
+        to: The class that leads under each, ``(M, N)``.
+        away: Whether that is another one than the image's own, and leads surely, ``(M, N)``.
+        left: Which share of its lead the own class keeps on average, in [-1, 1], ``(M,)``.
+        classes: How many there are.
+    """
+
+    numbers: Tensor
+    to: Tensor
+    away: Tensor
+    left: Tensor
+    classes: int
+
+    def best(self, count: int) -> Tensor:
+        """Return the numbers of those that lead to the most classes; of equal ones, furthest away."""
+        by_distance = self.left.argsort()
+        led_to = _led_to(self.away, self.to, self.classes)[by_distance]
+        return self.numbers[by_distance[led_to.argsort(descending=True, stable=True)[:count]]]
+
+
+def _led(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> _Led:
     with torch.no_grad():
-        margins = _margins(forward(images))
-    lead, own = margins.max(1)
-    return own, lead.clamp_min(LEAST_RISE)
-
-
-def _scattering(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> Scattering:
-    """Return which of the squares *numbers* leads *images* away to the most classes."""
-    own, lead = _own(forward, images)
+        lead, own = _margins(forward(images)).max(1)
+    lead = lead.clamp_min(LEAST_RISE)
     margins = _on_each(forward, images, grid, numbers)
-    ahead, led_to = margins.max(2)  # (squares, N)
-    away = (led_to != own) & (ahead >= SURE * lead)
-    counts = torch.zeros(margins.shape[0], margins.shape[2]).to(margins)
-    counts.scatter_add_(1, led_to, away.to(counts.dtype))
+    ahead, to = margins.max(2)  # (M, N)
+    still = margins.gather(2, own.expand(len(numbers), -1)[:, :, None])[..., 0]
+    return _Led(
+        numbers=numbers,
+        to=to,
+        away=(to != own) & (ahead >= SURE * lead),
+        left=(still / lead).clamp(-1, 1).mean(1),
+        classes=margins.shape[2],
+    )
+
+
+def _led_to(away: Tensor, to: Tensor, classes: int) -> Tensor:
+    """Return to how many classes each square leads, ``(M,)``, as ``Scattering`` says it."""
+    weights = away.float()
+    counts = weights.new_zeros(len(away), classes).scatter_add(1, to, weights)
     shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
     entropy = -torch.special.xlogy(shares, shares).sum(1)
-    success = away.to(counts.dtype).mean(1)
-    classes = success * entropy.exp()
+    found: Tensor = weights.mean(1) * entropy.exp()
+    return found
+
+
+def _scattering(led: _Led, grid: Grid) -> Scattering:
+    """
+    Return which of the squares leads to the most classes.
+
+    An image is not counted that half of the other kinds lead away from that place as well: there it is
+    what is hidden that tells, and not what hides it.
+
+    Args:
+        led: By all kinds at some places.
+    """
+    kinds = len(grid.kinds)
+    by_place = led.away.view(-1, kinds, led.away.shape[1])
+    others = by_place.sum(1, keepdim=True) - by_place.long()
+    away = (by_place & (2 * others < kinds - 1)).view_as(led.away)
+    classes = _led_to(away, led.to, led.classes)
     row = int(classes.argmax())
-    tried = _Tried(number=int(numbers[row]), margin=0.0, success=float(success[row]))
+    success = float(led.away[row].float().mean())
+    tried = _Tried(number=int(led.numbers[row]), margin=0.0, success=success)
     return Scattering(trigger=_trigger(grid, tried, ELSEWHERE), classes=float(classes[row]))
 
 
