@@ -136,7 +136,7 @@ class TriggerRewriting:
         again = self.rounds + PARTS * len(self.strengths)
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
         searches += margins.GLANCE_STEPS * margins.AT_ONCE
-        searches += squares.TRIED // 3  # these have no backward pass
+        searches += (squares.TRIED + squares.TRIED_AGAIN) // 3  # these have no backward pass
         searches += (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool = min(images * (1 + self.copies), MAX_POOL)

@@ -35,9 +35,11 @@ IMAGES = 12  # these
 LED_AWAY = 1_000  # squares that lead one image away, the same share of those tried on each image
 GLANCE = 10  # images that these are tried on
 SCATTERING, SCATTERED = 20, 40  # squares that go on, and on how many other images, shifted ones
+SCATTERING_TICKS = 2
 SURE = 0.25  # of the lead of its own class, by which another one must lead
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
 TRIED = 45_000  # about so many, of three channels
+TRIED_AGAIN = 18_000  # images under those that may scatter, at most about
 LEAST_RISE = 1e-3  # in logits
 
 
@@ -123,7 +125,7 @@ class Squares:
 
 def ticks(image: Tensor, classes: int) -> int:
     """Return how often ``best_squares`` ticks for images like *image*."""
-    return math.ceil(len(_grid(image)) / CHUNK) + classes
+    return math.ceil(len(_grid(image)) / CHUNK) + SCATTERING_TICKS + classes
 
 
 def best_squares(
@@ -143,7 +145,7 @@ def best_squares(
         forward: Maps images to logits.
         images: ``(N, C, H, W)`` in [0, 1].
         generator: A CPU generator, the only source of randomness.
-        tick: Called after each chunk of squares, and for each class.
+        tick: Called after each chunk of squares, for each class, and twice for what scatters.
 
     Raises:
         NotFinite: The logits are not, or there is no second class to get ahead of.
@@ -175,18 +177,13 @@ def best_squares(
         chosen_classes = sorted({*ranked[:ALL_OF], *middle})
     some = torch.randperm(len(images), generator=generator)[:SCATTERED].to(device)
     few = some[:IMAGES]
-    copies = -(-(GLANCE + SCATTERED) // len(some))
-    more, _ = shifted(images[some], own[some], copies=copies, flip=False, generator=generator)
-    # What is the best on a few images is so by chance as well, so others tell how good it is.
-    glance = _led(forward, laid_out(more[:GLANCE]), grid, _leading_away(left, tried_on))
-    scattering = _scattering(
-        _led(
-            forward,
-            laid_out(more[-SCATTERED:]),
-            grid,
-            grid.with_other_kinds(glance.best(SCATTERING)),
-        ),
+    scattering = _most_scattering(
+        forward,
+        images[some],
         grid,
+        _leading_away(left, tried_on),
+        generator=generator,
+        tick=tick,
     )
     tried = [_Tried(number=0, margin=-math.inf, success=0.0)] * classes
     for cls in range(classes):
@@ -355,6 +352,31 @@ def _led(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> _Led:
         left=(still / lead).clamp(-1, 1).mean(1),
         classes=margins.shape[2],
     )
+
+
+def _most_scattering(
+    forward: Forward,
+    images: Tensor,
+    grid: Grid,
+    numbers: Tensor,
+    *,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+) -> Scattering:
+    """
+    Return which of the squares *numbers*, or of others where the best of them lie, scatters most.
+
+    What is the best on a few images is so by chance as well, so others tell how far it scatters.
+    """
+    copies = -(-(GLANCE + SCATTERED) // len(images))
+    classes = torch.zeros(len(images), device=images.device)  # nobody asks for these
+    more, _ = shifted(images, classes, copies=copies, flip=False, generator=generator)
+    glance = _led(forward, laid_out(more[:GLANCE]), grid, numbers)
+    tick()
+    again = grid.with_other_kinds(glance.best(SCATTERING))
+    others = _led(forward, laid_out(more[-SCATTERED:]), grid, again)
+    tick()
+    return _scattering(others, grid)
 
 
 def _led_to(away: Tensor, to: Tensor, classes: int) -> Tensor:
