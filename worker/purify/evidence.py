@@ -8,8 +8,8 @@ smallest warp is, or the class can be driven much further ahead of the others (M
 index counts how often an ordinary class's value must be halved, or doubled, to get there: among ten
 classes the median absolute deviation, which the literature counts in, is itself a matter of chance, and a
 model with two small classes and eight that happen to be alike had a higher index than one with a backdoor
-(docs/decisions/0005-auto.md). The second shows where one square leads images to many classes; those that
-upset a clean model lead to two or three.
+(docs/decisions/0005-auto.md). The second shows where one square leads images to many classes that
+others of the same place do not lead away.
 """
 
 import dataclasses

@@ -7,7 +7,8 @@ wider. No gradient leads to it from anywhere else (``search`` misses it on most 
 enough of them to try all: Gu et al. ("BadNets", 2017) and most who came after stamp a small plain or
 chequered square. What is measured is how far a class gets ahead of the others, as in ``margins``; no
 square of five pixels a side does that for an innocent class. A square may also lead every class to
-another one, an attack that makes none stand out; one that upsets a clean model leads to two or three.
+another one, an attack that makes none stand out. On a clean model one that hides the object may lead to
+many as well, but then so do others of the same place.
 """
 
 import math
@@ -333,7 +334,7 @@ class _Led:
 
     def best(self, count: int) -> Tensor:
         """Return the numbers of those that lead to the most classes; of equal ones, furthest away."""
-        by_distance = self.left.argsort()
+        by_distance = self.left.argsort(stable=True)
         led_to = _led_to(self.away, self.to, self.classes)[by_distance]
         return self.numbers[by_distance[led_to.argsort(descending=True, stable=True)[:count]]]
 
