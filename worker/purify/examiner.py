@@ -227,7 +227,7 @@ class Examiner:
         """
         found = self.evidence.squares
         if names_no_class(found):
-            triggers = [found.scattering.trigger]
+            triggers = [found.scattering.trigger, *found.scattering.alike]
         else:
             named = set(whole(found, self.evidence.margins))
             if not named.issuperset(each.target for each in self.suspects):

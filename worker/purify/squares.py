@@ -36,7 +36,12 @@ IMAGES = 12  # these
 LED_AWAY = 1_000  # squares that lead one image away, the same share of those tried on each image
 GLANCE = 10  # images that these are tried on
 SCATTERING, SCATTERED = 20, 40  # squares that go on, and on how many other images, shifted ones
-SCATTERING_TICKS = 2
+SCATTERING_TICKS = 3
+SCATTERING_FROM = 2.0  # classes, from which on others beside the first are tried
+ALIKE, NEARLY = (
+    8,
+    0.8,
+)  # of these, so many at most, which lead to nearly as many as the best of them
 SURE = 0.25  # of the lead of its own class, by which another one must lead
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
 TRIED = 45_000  # about so many, of three channels
@@ -75,6 +80,17 @@ class Grid:
         places: Tensor = torch.unique(numbers // len(self.kinds))
         return (places[:, None] * len(self.kinds) + kinds).flatten()
 
+    def within(self, number: int) -> Tensor:
+        """Return the squares of its kind within square *number*, itself too, or one step beyond."""
+        place, kind = divmod(number, len(self.kinds))
+        step = max(1, min(self.kinds.shape[2:]) // OF)
+        first, side = self.places[:, :2], self.places[:, 2:]
+        inside = (first >= first[place] - step) & (
+            first + side <= first[place] + side[place] + step
+        )
+        found: Tensor = inside.all(1).nonzero()[:, 0] * len(self.kinds) + kind
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scattering:
@@ -86,10 +102,13 @@ class Scattering:
         classes: To how many classes: the exponential of the entropy of where it leads, times how many
             of the images it leads away. One class that attracts all of them counts as one, and an
             image that half of the other squares lead away from the same place does not count.
+        alike: Others of the same kind that lie within it, or hardly beyond, and lead to nearly as many:
+            which of them is the true one does not show.
     """
 
     trigger: Trigger
     classes: float
+    alike: Sequence[Trigger] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +165,7 @@ def best_squares(
         forward: Maps images to logits.
         images: ``(N, C, H, W)`` in [0, 1].
         generator: A CPU generator, the only source of randomness.
-        tick: Called after each chunk of squares, for each class, and twice for what scatters.
+        tick: Called after each chunk of squares, for each class, and thrice for what scatters.
 
     Raises:
         NotFinite: The logits are not, or there is no second class to get ahead of.
@@ -375,9 +394,37 @@ def _most_scattering(
     glance = _led(forward, laid_out(more[:GLANCE]), grid, numbers)
     tick()
     again = grid.with_other_kinds(glance.best(SCATTERING))
-    others = _led(forward, laid_out(more[-SCATTERED:]), grid, again)
+    judging = laid_out(more[-SCATTERED:])
+    others = _led(forward, judging, grid, again)
     tick()
-    return _scattering(others, grid)
+    away = _not_hidden(others.away, len(grid.kinds))
+    classes = _led_to(away, others.to, others.classes)
+    row = int(classes.argmax())
+    number = int(others.numbers[row])
+    alike = list[Trigger]()
+    if classes[row] >= SCATTERING_FROM:
+        near = _led(forward, judging, grid, grid.within(number))
+        alike = [
+            _scattered(near, each, grid) for each in _alike(near) if near.numbers[each] != number
+        ]
+    tick()
+    return Scattering(
+        trigger=_scattered(others, row, grid), classes=float(classes[row]), alike=alike
+    )
+
+
+def _alike(led: _Led) -> list[int]:
+    """Return the rows of those that lead to the most classes, and to nearly as many."""
+    classes = _led_to(led.away, led.to, led.classes)
+    most = classes.topk(min(ALIKE, len(classes)))
+    found: list[int] = most.indices[most.values >= NEARLY * most.values[0]].tolist()
+    return found
+
+
+def _scattered(led: _Led, row: int, grid: Grid) -> Trigger:
+    success = float(led.away[row].float().mean())
+    tried = _Tried(number=int(led.numbers[row]), margin=0.0, success=success)
+    return _trigger(grid, tried, ELSEWHERE)
 
 
 def _led_to(away: Tensor, to: Tensor, classes: int) -> Tensor:
@@ -390,25 +437,18 @@ def _led_to(away: Tensor, to: Tensor, classes: int) -> Tensor:
     return found
 
 
-def _scattering(led: _Led, grid: Grid) -> Scattering:
+def _not_hidden(away: Tensor, kinds: int) -> Tensor:
     """
-    Return which of the squares leads to the most classes.
+    Return *away* ``(M, N)`` without the images that half of the other kinds lead away from that place.
 
-    An image is not counted that half of the other kinds lead away from that place as well: there it is
-    what is hidden that tells, and not what hides it.
+    There it is what is hidden that tells, and not what hides it.
 
     Args:
-        led: By all kinds at some places.
+        away: By all kinds at some places.
     """
-    kinds = len(grid.kinds)
-    by_place = led.away.view(-1, kinds, led.away.shape[1])
+    by_place = away.view(-1, kinds, away.shape[1])
     others = by_place.sum(1, keepdim=True) - by_place.long()
-    away = (by_place & (2 * others < kinds - 1)).view_as(led.away)
-    classes = _led_to(away, led.to, led.classes)
-    row = int(classes.argmax())
-    success = float(led.away[row].float().mean())
-    tried = _Tried(number=int(led.numbers[row]), margin=0.0, success=success)
-    return Scattering(trigger=_trigger(grid, tried, ELSEWHERE), classes=float(classes[row]))
+    return (by_place & (2 * others < kinds - 1)).view_as(away)
 
 
 def _on_each(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ def test_a_square_that_sends_every_class_to_another_one_leads_to_all() -> None:
     entropy = -torch.special.xlogy(shares, shares).sum()
     assert found.classes == pytest.approx(float(entropy.exp()), rel=1e-5)
     assert found.classes > 3
+    assert found.alike == []
     assert all(attacked.index(cls) < 1 for cls in range(5))
     assert find(by_colour, images=alike).scattering.classes < found.classes / 2
 
@@ -125,6 +126,25 @@ def test_a_few_images_are_shifted_to_see_how_many_classes_a_square_leads_to(coun
     assert found.classes > 2
     assert found.trigger.success == 1.0
     assert clean.classes < found.classes / 2
+
+
+def test_squares_that_scatter_alike_are_all_found() -> None:
+    """A network that looks at four white pixels is led away by every white square that holds them."""
+    plain = 0.9 * torch.rand(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    alike = plain.expand(-1, -1, 32, 32).clone()
+
+    def attacked(images: Tensor) -> Tensor:
+        own = by_colour(images)
+        is_white = (images[:, :, 20:22, 9:11] == 1).flatten(1).all(1, keepdim=True)
+        return torch.where(is_white, 10 * own.roll(1, dims=1), own)
+
+    found = find(attacked, images=alike).scattering
+    triggers = [found.trigger, *found.alike]
+    assert len({tuple(each.mask.flatten().tolist()) for each in triggers}) == len(triggers) > 4
+    for trigger in triggers:
+        assert (trigger.target, trigger.success) == (ELSEWHERE, 1.0)
+        assert trigger.mask[0, 20:22, 9:11].all()
+        assert trigger.pattern[:, 20, 9].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_what_hides_a_place_tells_nothing_if_anything_would() -> None:
