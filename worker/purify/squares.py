@@ -45,7 +45,7 @@ ALIKE, NEARLY = (
 SURE = 0.25  # of the lead of its own class, by which another one must lead
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
 TRIED = 45_000  # about so many, of three channels
-TRIED_AGAIN = 18_000  # images under those that may scatter, at most about
+TRIED_AGAIN = 23_000  # images under those that may scatter, at most about
 LEAST_RISE = 1e-3  # in logits
 
 
