@@ -38,10 +38,7 @@ GLANCE = 10  # images that these are tried on
 SCATTERING, SCATTERED = 20, 40  # squares that go on, and on how many other images, shifted ones
 SCATTERING_TICKS = 3
 SCATTERING_FROM = 2.0  # classes, from which on others beside the first are tried
-ALIKE, NEARLY = (
-    8,
-    0.8,
-)  # of these, so many at most, which lead to nearly as many as the best of them
+ALIKE, NEARLY = 8, 0.8  # of these, at most so many, that lead to nearly as many as the best
 SURE = 0.25  # of the lead of its own class, by which another one must lead
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
 TRIED = 45_000  # about so many, of three channels
@@ -389,8 +386,8 @@ def _most_scattering(
     What is the best on a few images is so by chance as well, so others tell how far it scatters.
     """
     copies = -(-(GLANCE + SCATTERED) // len(images))
-    classes = torch.zeros(len(images), device=images.device)  # nobody asks for these
-    more, _ = shifted(images, classes, copies=copies, flip=False, generator=generator)
+    labels = torch.zeros(len(images), device=images.device)  # nobody asks for these
+    more, _ = shifted(images, labels, copies=copies, flip=False, generator=generator)
     glance = _led(forward, laid_out(more[:GLANCE]), grid, numbers)
     tick()
     again = grid.with_other_kinds(glance.best(SCATTERING))
