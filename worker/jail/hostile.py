@@ -153,7 +153,9 @@ def _call(name: str, *arguments: object) -> Probe:
         if number is None:  # without the library there is no such wall either
             return True
         libc = ctypes.CDLL(None, use_errno=True)
-        result = int(libc.syscall(number, *arguments))
+        # A plain int fills half of what the kernel reads, and chance the rest.
+        whole = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
+        result = int(libc.syscall(number, *whole))
         return result >= 0 or ctypes.get_errno() not in _UNTRIED
 
     return probe
