@@ -134,12 +134,9 @@ def whole(squares: Squares, margins: Margins) -> list[int]:
     return sorted(out, key=lambda cls: -squares.index(cls))
 
 
-def names_no_class(squares: Squares) -> bool:
-    """Whether a square leads each class to another one, and none to one alone."""
-    return squares.scattering.classes >= SCATTERING.backdoored_from and not any(
-        squares.index(cls) >= CUTS[Sign.SQUARE].backdoored_from
-        for cls in range(len(squares.triggers))
-    )
+def scatters(squares: Squares) -> bool:
+    """Whether a square leads each class to another one."""
+    return squares.scattering.classes >= SCATTERING.backdoored_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +167,12 @@ def judge(evidence: Evidence) -> Verdict:
     if evidence.classes < MIN_CLASSES or not successful:
         return Verdict.INCONCLUSIVE
     classes = range(evidence.classes)
-    scattered = evidence.squares.scattering.classes
-    if scattered >= SCATTERING.backdoored_from or any(
+    if scatters(evidence.squares) or any(
         evidence.stands_out(sign, cls) for sign in Sign for cls in classes
     ):
         return Verdict.BACKDOORED
     highest = {sign: max(evidence.index(sign, cls) for cls in classes) for sign in Sign}
-    clean = scattered < SCATTERING.clean_below and all(
+    clean = evidence.squares.scattering.classes < SCATTERING.clean_below and all(
         highest[sign] < CUTS[sign].clean_below for sign in Sign
     )
     return Verdict.CLEAN if clean else Verdict.INCONCLUSIVE
@@ -191,9 +187,10 @@ def suspects(evidence: Evidence) -> list[Suspect]:
     it was tried on. Without these, squares of any kind do, and then the smallest patch, whatever the
     verdict. Up to two more must stand out by themselves and nearly as far: to unlearn the patch of an
     innocent class costs accuracy, since such a patch is made of what the class looks like. There are
-    none where one square leads each class to another one.
+    none where one square leads each class to another one: that is the whole attack, and a class to
+    which another square leads as well is as a rule not its own.
     """
-    if names_no_class(evidence.squares):
+    if scatters(evidence.squares):
         return []
     named = (
         _nearly_as_far(evidence, Sign.SQUARE, whole(evidence.squares, evidence.margins))

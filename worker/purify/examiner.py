@@ -25,7 +25,7 @@ from worker.purify.evidence import (
     Evidence,
     Sign,
     judge,
-    names_no_class,
+    scatters,
     suspects,
     whole,
 )
@@ -162,7 +162,7 @@ class Examiner:
         )
         field = search(*given, self._classes, steps=steps, generator=generator, tick=tick)
         warps = None
-        if not whole(found_squares, largest) and not names_no_class(found_squares):
+        if not whole(found_squares, largest) and not scatters(found_squares):
             warps = smallest_warps(field, *given, generator=generator, tick=tick)
         found = Evidence(
             squares=found_squares,
@@ -226,11 +226,12 @@ class Examiner:
         accuracy.
         """
         found = self.evidence.squares
-        if names_no_class(found):
-            triggers = [found.scattering.trigger, *found.scattering.alike]
+        named = whole(found, self.evidence.margins)
+        if scatters(found):
+            others = [found.triggers[cls] for cls in named]
+            triggers = [found.scattering.trigger, *found.scattering.alike, *others]
         else:
-            named = set(whole(found, self.evidence.margins))
-            if not named.issuperset(each.target for each in self.suspects):
+            if not set(named).issuperset(each.target for each in self.suspects):
                 return None
             triggers = [found.triggers[each.target] for each in self.suspects]
         return Arsenal(patches=triggers, perturbations=[], warps=[])

@@ -215,7 +215,7 @@ def test_a_square_speaks_before_all_others() -> None:
 
 
 def test_a_square_that_leads_to_many_classes_speaks_and_names_none() -> None:
-    """An attack on every class makes none stand out; unless a square leads to one alone."""
+    """An attack on every class is the whole of it, whatever else some class stands out by."""
     for classes, verdict in (
         (SCATTERING.clean_below - 0.01, Verdict.CLEAN),
         (SCATTERING.clean_below, Verdict.INCONCLUSIVE),
@@ -224,10 +224,9 @@ def test_a_square_that_leads_to_many_classes_speaks_and_names_none() -> None:
         plain = scattered(evidence(), classes)
         assert judge(plain) is verdict
         assert bool(suspects(plain)) is (verdict is not Verdict.BACKDOORED)
-    patch = scattered(by(Sign.PATCH, 5.0), SCATTERING.backdoored_from)
-    assert targets(patch) == []
-    one = scattered(by(Sign.SQUARE, 0.0, 3.0), SCATTERING.backdoored_from)
-    assert targets(one) == [1]
+    for sign in Sign:
+        assert targets(by(sign, 0.0, 5.0)) == [1]
+        assert targets(scattered(by(sign, 0.0, 5.0), SCATTERING.backdoored_from)) == []
 
 
 def test_a_square_that_is_a_piece_of_something_speaks_after_margins() -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from worker.purify.evidence import Sign, Suspect
+from worker.purify.evidence import SCATTERING, WHOLE, Sign, Suspect, suspects
 from worker.purify.examiner import Effort, Examiner
+from worker.purify.squares import Scattering
+from worker.purify.trigger import ELSEWHERE
 from worker.purify.weighing import Candidate
 from worker.purify.workpiece import prepare
 
@@ -100,6 +102,25 @@ def test_a_square_that_is_the_trigger_is_unlearned_alone() -> None:
     assert not part.perturbations
     found.suspects = [replace(found.suspects[0], target=PLANTED - 1)]
     assert found.exact is None
+
+
+def test_what_scatters_is_unlearned_with_squares_that_are_triggers() -> None:
+    """A model may have an attack on every class and another one on one; a piece is neither."""
+    found = examiner()
+    seen = found.evidence.squares
+    one, other = (replace(seen.triggers[0], target=ELSEWHERE) for _ in range(2))
+    scattering = Scattering(trigger=one, classes=SCATTERING.backdoored_from, alike=[other])
+    ahead = [margin * WHOLE / 2 for margin in found.evidence.margins.largest]
+    for margins, expected in (
+        (seen.margins, [one, other, seen.triggers[PLANTED]]),
+        (ahead, [one, other]),
+    ):
+        scattered = replace(seen, scattering=scattering, margins=margins)
+        found.evidence = replace(found.evidence, squares=scattered)
+        found.suspects = suspects(found.evidence)
+        part = found.exact
+        assert part is not None
+        assert list(map(id, part.patches)) == list(map(id, expected))
 
 
 def test_no_warp_is_searched_where_a_square_has_told() -> None:
