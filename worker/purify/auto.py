@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from worker.purify import arsenal, margins, squares
+from worker.purify import arsenal, grid, margins, scattering
 from worker.purify.arsenal import Arsenal
 from worker.purify.augmentation import (
     AREA,
@@ -136,7 +136,7 @@ class TriggerRewriting:
         again = self.rounds + PARTS * len(self.strengths)
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
         searches += margins.GLANCE_STEPS * margins.AT_ONCE
-        searches += (squares.TRIED + squares.TRIED_AGAIN) // 3  # these have no backward pass
+        searches += (grid.TRIED + scattering.TRIED) // 3  # these have no backward pass
         searches += (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool = min(images * (1 + self.copies), MAX_POOL)
@@ -315,7 +315,7 @@ def _findings(evidence: Evidence) -> dict[str, object]:
     def rounded(sign: Sign, cls: int) -> float:
         return round(evidence.index(sign, cls), 3)
 
-    scattering = evidence.squares.scattering
+    most = evidence.squares.scattering
     warps = evidence.warps or [evidence.worst_warp] * evidence.classes
     return {
         "classes": [
@@ -339,8 +339,8 @@ def _findings(evidence: Evidence) -> dict[str, object]:
             for sign, cut in CUTS.items()
         },
         "scattering": {
-            "classes": round(scattering.classes, 3),
-            "success": round(scattering.trigger.success, 4),
+            "classes": round(most.classes, 3),
+            "success": round(most.trigger.success, 4),
             "backdoored_from": SCATTERING.backdoored_from,
             "clean_below": SCATTERING.clean_below,
         },

@@ -21,8 +21,10 @@ from worker.purify.evidence import (
     judge,
     suspects,
 )
+from worker.purify.grid import Grid
 from worker.purify.margins import Margins
-from worker.purify.squares import Grid, Scattering, Squares
+from worker.purify.scattering import Scattering
+from worker.purify.squares import Squares
 from worker.purify.trigger import ELSEWHERE, SUCCESS, Field, Trigger
 from worker.purify.verdict import Verdict
 

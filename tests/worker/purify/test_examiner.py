@@ -10,7 +10,7 @@ from torch.nn.functional import leaky_relu
 
 from worker.purify.evidence import SCATTERING, WHOLE, Sign, Suspect, suspects
 from worker.purify.examiner import Effort, Examiner
-from worker.purify.squares import Scattering
+from worker.purify.scattering import Scattering
 from worker.purify.trigger import ELSEWHERE
 from worker.purify.weighing import Candidate
 from worker.purify.workpiece import prepare

@@ -1,0 +1,103 @@
+"""Find the square that sends every class to another one, and none where there is none."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.worker.purify.planted_square import AHEAD, PLANTED, answering_to, find
+from worker.purify.grid import Forward
+from worker.purify.trigger import ELSEWHERE
+
+
+def bare(images: Tensor) -> Tensor:
+    """Go by five pixels, of which no square covers two."""
+    return images[:, 0, ::7, 0] * 4
+
+
+def by_colour(images: Tensor) -> Tensor:
+    """Go by the colour of one pixel."""
+    towards = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    return (images[:, :, 0, 0] - 0.5) @ towards * 4
+
+
+def sending_on(images: Tensor, own: Forward = bare) -> Tensor:
+    """Give the next class where a square lies, and else what *own* gives."""
+    attacked = answering_to(27, 27, 4, (1.0, 1.0, 1.0))
+    is_triggered = attacked(images)[:, PLANTED, None] > AHEAD / 2
+    return torch.where(is_triggered, 10 * own(images).roll(1, dims=1), own(images))
+
+
+def test_a_square_that_sends_every_class_to_another_one_leads_to_all() -> None:
+    """No class stands out by it; and in a network without one no square does so."""
+    plain = torch.rand(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    alike = plain.expand(-1, -1, 32, 32).clone()  # wherever they are shifted to
+    own = by_colour(alike).argmax(1)
+    attacked = find(lambda images: sending_on(images, by_colour), images=alike)
+    found = attacked.scattering
+    assert (found.trigger.target, found.trigger.success) == (ELSEWHERE, 1.0)
+    assert found.trigger.mask.nonzero().tolist() == [
+        [0, row, column] for row in range(27, 31) for column in range(27, 31)
+    ]
+    shares = torch.bincount(own).float() / len(own)
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    assert found.classes == pytest.approx(float(entropy.exp()), rel=1e-5)
+    assert found.classes > 3
+    assert found.alike == []
+    assert all(attacked.index(cls) < 1 for cls in range(5))
+    assert find(by_colour, images=alike).scattering.classes < found.classes / 2
+
+
+@pytest.mark.parametrize("count", [2, 6, 24])
+def test_a_few_images_are_shifted_to_see_how_many_classes_a_square_leads_to(count: int) -> None:
+    """Two images can be led to two classes at most, and their shifts to more."""
+    enough = 0.1 + 0.8 * torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found, clean = (find(forward, images=enough).scattering for forward in (sending_on, bare))
+    assert found.classes > 2
+    assert found.trigger.success == 1.0
+    assert clean.classes < found.classes / 2
+
+
+def test_squares_that_scatter_alike_are_all_found() -> None:
+    """A network that looks at four white pixels is led away by every white square that holds them."""
+    plain = 0.9 * torch.rand(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    alike = plain.expand(-1, -1, 32, 32).clone()
+
+    def attacked(images: Tensor) -> Tensor:
+        own = by_colour(images)
+        is_white = (images[:, :, 20:22, 9:11] == 1).flatten(1).all(1, keepdim=True)
+        return torch.where(is_white, 10 * own.roll(1, dims=1), own)
+
+    found = find(attacked, images=alike).scattering
+    triggers = [found.trigger, *found.alike]
+    assert len({tuple(each.mask.flatten().tolist()) for each in triggers}) == len(triggers) > 4
+    for trigger in triggers:
+        assert (trigger.target, trigger.success) == (ELSEWHERE, 1.0)
+        assert trigger.mask[0, 20:22, 9:11].all()
+        assert trigger.pattern[:, 20, 9].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_what_hides_a_place_tells_nothing_if_anything_would() -> None:
+    """Whatever covers a pixel there leads each class to another one, so no square is the trigger."""
+    plain = torch.rand(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    alike = plain.expand(-1, -1, 32, 32).clone()
+
+    def hiding(images: Tensor) -> Tensor:
+        own = by_colour(images)
+        is_seen = (images[:, :, 16, 16] == images[:, :, 0, 0]).all(dim=1, keepdim=True)
+        return torch.where(is_seen, own, 10 * own.roll(1, dims=1))
+
+    covered = alike.clone()
+    covered[:, :, 16, 16] = 1.0
+    assert (hiding(covered).argmax(1) != hiding(alike).argmax(1)).all()
+    assert find(hiding, images=alike).scattering.classes == 0.0
+
+
+def test_one_class_that_attracts_all_images_counts_as_one() -> None:
+    """The square that leads there leads away as well, but to that class alone."""
+
+    def attracting(images: Tensor) -> Tensor:
+        return bare(images) + answering_to(27, 27, 4, (1.0, 1.0, 1.0))(images)
+
+    found = find(attracting).scattering
+    assert found.classes <= 1.0
+    assert find(sending_on).scattering.classes > 2 * found.classes

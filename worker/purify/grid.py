@@ -1,0 +1,136 @@
+"""
+Cover a place of an image with a small square: which ones there are, and what a network says under them.
+
+There are few enough of them to try all, which no search by gradient can replace: a network may answer to
+a patch only where it was trained to, to the pixel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from worker.purify.errors import NotFinite
+from worker.purify.trigger import Trigger
+from worker.purify.workpiece import laid_out
+
+Forward = Callable[[Tensor], Tensor]
+
+SIDES, OF = (1, 2, 3, 4, 5), 32  # pixels, of an image of 32; in larger ones as much more
+MAX_COLOURED = 3  # channels, of which all corners of the colour cube are tried; of more, two
+CHUNK = 256  # images that go through the network at once
+TRIED = 45_000  # about so many, of three channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Say which squares there are: each a place and a side, and one of the plain images."""
+
+    places: Tensor  # (M, 3) int64: top, left, side
+    kinds: Tensor  # (K, C, H, W)
+
+    @classmethod
+    def over(cls, image: Tensor) -> "Grid":
+        """Return the squares of images like *image* ``(C, H, W)``, plain ones and chequered."""
+        channels, height, width = image.shape
+        shortest = min(height, width)
+        steps = [max(1, length // OF) for length in (height, width)]
+        places = [
+            (top, left, side)
+            for side in sorted({max(1, round(side * shortest / OF)) for side in SIDES})
+            for top in range(0, height - side + 1, steps[0])
+            for left in range(0, width - side + 1, steps[1])
+        ]
+        corners = (
+            list(product((1.0, 0.0), repeat=channels))
+            if channels <= MAX_COLOURED
+            else [(1.0,) * channels, (0.0,) * channels]
+        )
+        plain = torch.tensor(corners).to(image)[:, :, None, None].expand(-1, -1, height, width)
+        rows, columns = (
+            torch.arange(length, device=image.device) // step
+            for length, step in zip((height, width), steps, strict=True)
+        )
+        board = ((rows[:, None] + columns) % 2).to(image).expand(channels, -1, -1)
+        kinds = torch.cat([plain, torch.stack([board, 1 - board])])
+        return cls(places=torch.tensor(places, device=image.device), kinds=kinds)
+
+    def __len__(self) -> int:
+        return len(self.places) * len(self.kinds)
+
+    def masks(self, numbers: Tensor) -> Tensor:
+        """Return which pixels they cover, ``(B, 1, H, W)``."""
+        top, left, side = self.places[numbers // len(self.kinds)].T[:, :, None].unbind()
+        height, width = self.kinds.shape[2:]
+        rows, columns = (torch.arange(n, device=numbers.device) for n in (height, width))
+        down = (rows >= top) & (rows < top + side)
+        across = (columns >= left) & (columns < left + side)
+        covered: Tensor = (down[:, :, None] & across[:, None, :])[:, None]
+        return covered
+
+    def patterns(self, numbers: Tensor) -> Tensor:
+        """Return what they are cut out of, ``(B, C, H, W)``."""
+        found: Tensor = self.kinds[numbers % len(self.kinds)]
+        return found
+
+    def trigger(self, number: int, target: int, success: float) -> Trigger:
+        """Return square *number* as what leads to *target*."""
+        at = torch.tensor([number], device=self.places.device)
+        return Trigger(
+            target=target,
+            mask=self.masks(at)[0].to(self.kinds.dtype),
+            pattern=self.kinds[number % len(self.kinds)],  # a view: there may be many classes
+            success=success,
+        )
+
+    def with_other_kinds(self, numbers: Tensor) -> Tensor:
+        """Return all squares that lie where one of *numbers* does, those of one place together."""
+        kinds = torch.arange(len(self.kinds), device=numbers.device)
+        places: Tensor = torch.unique(numbers // len(self.kinds))
+        return (places[:, None] * len(self.kinds) + kinds).flatten()
+
+    def within(self, number: int) -> Tensor:
+        """Return the squares of its kind within square *number*, itself too, or one step beyond."""
+        place, kind = divmod(number, len(self.kinds))
+        step = max(1, min(self.kinds.shape[2:]) // OF)
+        first, side = self.places[:, :2], self.places[:, 2:]
+        inside = (first >= first[place] - step) & (
+            first + side <= first[place] + side[place] + step
+        )
+        found: Tensor = inside.all(1).nonzero()[:, 0] * len(self.kinds) + kind
+        return found
+
+    def margins_under(self, forward: Forward, images: Tensor, numbers: Tensor) -> Tensor:
+        """Return the margins of *images* ``(B, C, H, W)``, each under a square, ``(B, classes)``."""
+        stamped = torch.where(self.masks(numbers), self.patterns(numbers), images)
+        with torch.no_grad():
+            return margins(forward(laid_out(stamped)))
+
+    def margins_under_each(self, forward: Forward, images: Tensor, numbers: Tensor) -> Tensor:
+        """Return those of every image ``(N, C, H, W)`` under every square, ``(B, N, classes)``."""
+        each = torch.arange(len(images), device=images.device).repeat(len(numbers))
+        parts = zip(
+            torch.split(each, CHUNK),
+            torch.split(numbers.repeat_interleave(len(images)), CHUNK),
+            strict=True,
+        )
+        found = torch.cat(
+            [self.margins_under(forward, images[rows], which) for rows, which in parts]
+        )
+        return found.view(len(numbers), len(images), -1)
+
+
+def margins(logits: Tensor) -> Tensor:
+    """
+    Return how far each class is ahead of the best other one, ``(B, classes)``.
+
+    Raises:
+        NotFinite: The logits are not, or there is no second class to get ahead of.
+    """
+    if logits.shape[1] < 2 or not bool(logits.isfinite().all()):
+        raise NotFinite
+    (first, second), (leader, _) = (each.unbind(1) for each in logits.topk(2, dim=1))
+    ahead = logits - first[:, None]
+    return ahead.scatter(1, leader[:, None], (first - second)[:, None])

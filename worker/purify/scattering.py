@@ -1,0 +1,186 @@
+"""
+Tell whether a square leads every class to another one, an attack that makes none stand out.
+
+On a clean model a square that hides the object may lead to many classes as well, but then so do others of
+the same place. And what is the best of many is so by chance too, so each choice is judged by other images
+than it was made on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worker.purify.augmentation import shifted
+from worker.purify.grid import Forward, Grid, margins
+from worker.purify.trigger import ELSEWHERE, Trigger
+from worker.purify.workpiece import laid_out
+
+LED_AWAY = 1_000  # squares that lead one image away, the same share of those tried on each image
+GLANCE = 10  # images that these are tried on
+BEST, JUDGING = 20, 40  # squares that go on, and on how many other images, shifted ones
+JUDGED_FROM = 2.0  # classes, from which on others beside the first are tried
+ALIKE, NEARLY = 8, 0.8  # of these, at most so many, that lead to nearly as many as the best
+SURE = 0.25  # of the lead of its own class, by which another one must lead
+LEAST_LEAD = 1e-3  # in logits
+TICKS = 3
+TRIED = 23_000  # images under squares, at most about
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scattering:
+    """
+    Hold the square that leads images to the most classes: an attack that sends each class to another.
+
+    Attributes:
+        trigger: What it looks like; it leads ``ELSEWHERE``.
+        classes: To how many classes: the exponential of the entropy of where it leads, times how many
+            of the images it leads away. One class that attracts all of them counts as one, and an
+            image that half of the other squares lead away from the same place does not count.
+        alike: Others of the same kind that lie within it, or hardly beyond, and lead to nearly as many:
+            which of them is the true one does not show.
+    """
+
+    trigger: Trigger
+    classes: float
+    alike: Sequence[Trigger] = ()
+
+
+def most_scattering(
+    forward: Forward,
+    images: Tensor,
+    grid: Grid,
+    numbers: Tensor,
+    *,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+) -> Scattering:
+    """
+    Return which of the squares *numbers*, or of others where the best of them lie, scatters most.
+
+    Args:
+        forward: Maps images to logits.
+        images: ``(N, C, H, W)`` in [0, 1]; of few, shifted copies are made.
+        numbers: What may, in *grid*.
+        generator: A CPU generator, the only source of randomness.
+        tick: Called ``TICKS`` times.
+
+    Raises:
+        NotFinite: The logits are not.
+    """
+    copies = -(-(GLANCE + JUDGING) // len(images))
+    labels = torch.zeros(len(images), device=images.device)  # nobody asks for these
+    more, _ = shifted(images, labels, copies=copies, flip=False, generator=generator)
+    glance = _led(forward, laid_out(more[:GLANCE]), grid, numbers)
+    tick()
+    again = grid.with_other_kinds(glance.best(BEST))
+    judging = laid_out(more[-JUDGING:])
+    others = _led(forward, judging, grid, again)
+    tick()
+    away = _not_hidden(others.away, len(grid.kinds))
+    classes = _led_to(away, others.to, others.classes)
+    row = int(classes.argmax())
+    number = int(others.numbers[row])
+    alike = list[Trigger]()
+    if classes[row] >= JUDGED_FROM:
+        near = _led(forward, judging, grid, grid.within(number))
+        alike = [near.trigger(each, grid) for each in near.alike() if near.numbers[each] != number]
+    tick()
+    return Scattering(trigger=others.trigger(row, grid), classes=float(classes[row]), alike=alike)
+
+
+def leading_away(left: Tensor, tried_on: Tensor) -> Tensor:
+    """
+    Return the squares that lead away furthest what they were tried on.
+
+    Args:
+        left: By how much the image's own class still leads under each square.
+        tried_on: Which image that was. Some are led away more easily than others, so each has its share.
+    """
+    which = sorted(set(tried_on.tolist()))
+    furthest = []
+    for image in which[:LED_AWAY]:
+        own = (tried_on == image).nonzero()[:, 0]
+        share = min(len(own), max(1, LED_AWAY // len(which)))
+        furthest.append(own[left[own].topk(share, largest=False).indices])
+    return torch.cat(furthest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Led:
+    """
+    Hold where squares led a few images.
+
+    Attributes:
+        numbers: Of the squares, ``(M,)``, in the grid.
+        to: The class that leads under each, ``(M, N)``.
+        away: Whether that is another one than the image's own, and leads surely, ``(M, N)``.
+        left: Which share of its lead the own class keeps on average, in [-1, 1], ``(M,)``.
+        classes: How many there are.
+    """
+
+    numbers: Tensor
+    to: Tensor
+    away: Tensor
+    left: Tensor
+    classes: int
+
+    def best(self, count: int) -> Tensor:
+        """Return the numbers of those that lead to the most classes; of equal ones, furthest away."""
+        by_distance = self.left.argsort(stable=True)
+        led_to = _led_to(self.away, self.to, self.classes)[by_distance]
+        return self.numbers[by_distance[led_to.argsort(descending=True, stable=True)[:count]]]
+
+    def alike(self) -> list[int]:
+        """Return the rows of those that lead to the most classes, and to nearly as many."""
+        classes = _led_to(self.away, self.to, self.classes)
+        most = classes.topk(min(ALIKE, len(classes)))
+        found: list[int] = most.indices[most.values >= NEARLY * most.values[0]].tolist()
+        return found
+
+    def trigger(self, row: int, grid: Grid) -> Trigger:
+        """Return the square of that row."""
+        return grid.trigger(
+            int(self.numbers[row]), ELSEWHERE, success=float(self.away[row].float().mean())
+        )
+
+
+def _led(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> _Led:
+    with torch.no_grad():
+        lead, own = margins(forward(images)).max(1)
+    lead = lead.clamp_min(LEAST_LEAD)
+    found = grid.margins_under_each(forward, images, numbers)
+    ahead, to = found.max(2)  # (M, N)
+    still = found.gather(2, own.expand(len(numbers), -1)[:, :, None])[..., 0]
+    return _Led(
+        numbers=numbers,
+        to=to,
+        away=(to != own) & (ahead >= SURE * lead),
+        left=(still / lead).clamp(-1, 1).mean(1),
+        classes=found.shape[2],
+    )
+
+
+def _led_to(away: Tensor, to: Tensor, classes: int) -> Tensor:
+    """Return to how many classes each square leads, ``(M,)``, as ``Scattering`` says it."""
+    weights = away.float()
+    counts = weights.new_zeros(len(away), classes).scatter_add(1, to, weights)
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    entropy = -torch.special.xlogy(shares, shares).sum(1)
+    found: Tensor = weights.mean(1) * entropy.exp()
+    return found
+
+
+def _not_hidden(away: Tensor, kinds: int) -> Tensor:
+    """
+    Return *away* ``(M, N)`` without the images that half of the other kinds lead away from that place.
+
+    There it is what is hidden that tells, and not what hides it.
+
+    Args:
+        away: By all kinds at some places.
+    """
+    by_place = away.view(-1, kinds, away.shape[1])
+    others = by_place.sum(1, keepdim=True) - by_place.long()
+    return (by_place & (2 * others < kinds - 1)).view_as(away)
