@@ -47,7 +47,7 @@ CUTS: Mapping[Sign, Cut] = {
     Sign.SQUARE: Cut(backdoored_from=1.0, clean_below=0.5),
     Sign.PATCH: Cut(backdoored_from=1.3, clean_below=0.65),
     Sign.MARGIN: Cut(backdoored_from=1.3, clean_below=0.9),
-    Sign.WARP: Cut(backdoored_from=1.2, clean_below=0.8),
+    Sign.WARP: Cut(backdoored_from=1.4, clean_below=1.1),
 }
 
 # A patch with an index from here on stands out as well where it succeeds on shifted samples. One that is

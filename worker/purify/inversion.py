@@ -62,6 +62,7 @@ class Inversion:
         targets: The class of each row.
         family: Where they start, one row each.
         generator: A CPU generator, the only source of randomness.
+        success: The share of the images that a trigger must lead to count as one.
     """
 
     def __init__(
@@ -73,13 +74,16 @@ class Inversion:
         *,
         family: Family,
         generator: torch.Generator,
+        success: float = SUCCESS,
     ) -> None:
         self._forward, self._images, self._labels = forward, images, labels
-        self._generator, self._family = generator, family
+        self._generator, self._family, self._enough = generator, family, success
         self.targets = list(targets)
         self._adam = self._optimiser()
         self._price = images.new_full((len(self.targets),), family.price)
-        self._best = _Best(family.shapes, images.new_full((len(self.targets),), -1.0))
+        self._best = _Best(
+            family.shapes, images.new_full((len(self.targets),), -1.0), enough=success
+        )
 
     def run(self, steps: int, *, per_row: int, tick: Callable[[], None]) -> None:
         """
@@ -109,7 +113,7 @@ class Inversion:
             self._adam.zero_grad()
             torch.autograd.backward([stamped, (self._price * norm).sum()], [gradient, None])
             self._adam.step()
-            dearer = success >= SUCCESS
+            dearer = success >= self._enough
             self._price = torch.where(dearer, self._price * DEARER, self._price * CHEAPER)
             self._price = self._price.clamp(*PRICES)
             tick()
@@ -178,12 +182,12 @@ def _gradient(
 class _Best:
     """Keep the smallest successful trigger of each row, or the most successful of none."""
 
-    def __init__(self, shapes: tuple[Tensor, ...], success: Tensor) -> None:
-        self._shapes, self._success = shapes, success
+    def __init__(self, shapes: tuple[Tensor, ...], success: Tensor, *, enough: float) -> None:
+        self._shapes, self._success, self._enough = shapes, success, enough
         self._norm = torch.full_like(success, float("inf"))
 
     def keep(self, shapes: tuple[Tensor, ...], success: Tensor, norm: Tensor) -> None:
-        both = (success >= SUCCESS) & (self._success >= SUCCESS)
+        both = (success >= self._enough) & (self._success >= self._enough)
         better = torch.where(both, norm < self._norm, success > self._success)
         where = better.view(-1, 1, 1, 1)
         self._shapes = tuple(
@@ -201,7 +205,7 @@ class _Best:
             Found(
                 target=target,
                 success=max(0.0, success),
-                norm=norm if success >= SUCCESS else float("inf"),
+                norm=norm if success >= self._enough else float("inf"),
                 shapes=tuple(shape[row] for shape in self._shapes),
             )
             for row, (target, success, norm) in enumerate(

@@ -46,7 +46,12 @@ every_family = pytest.mark.parametrize("family", START)
 
 
 def inversion(
-    targets: list[int], *, seed: int = 0, forward: Forward | None = None, family: str = "patches"
+    targets: list[int],
+    *,
+    seed: int = 0,
+    forward: Forward | None = None,
+    family: str = "patches",
+    success: float = SUCCESS,
 ) -> Inversion:
     """Return searches on that network, or on another."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,6 +62,7 @@ def inversion(
         targets,
         family=START[family](len(targets), generator),
         generator=generator,
+        success=success,
     )
 
 
@@ -123,6 +129,23 @@ def test_a_trigger_that_never_succeeds_has_no_end() -> None:
     hopeless = inversion([3], family="warps")
     hopeless.run(2, per_row=8, tick=lambda: None)
     assert [(found.success, found.norm) for found in hopeless.found()] == [(0.0, math.inf)]
+
+
+@every_family
+@pytest.mark.parametrize("success", [0.7, 0.8])
+def test_a_trigger_must_lead_as_many_images_as_are_asked_for(family: str, success: float) -> None:
+    """Three of four are enough for one search and not for the other."""
+
+    def leading_three_of_four(images: Tensor) -> Tensor:
+        logits = images.mean((1, 2, 3))[:, None] * torch.zeros(3)
+        led = torch.arange(len(images)) % 4 > 0
+        return logits + torch.stack([~led, torch.zeros_like(led), led], dim=1).to(logits)
+
+    searches = inversion([2], forward=leading_three_of_four, family=family, success=success)
+    searches.run(1, per_row=8, tick=lambda: None)
+    (found,) = searches.found()
+    assert found.success == 0.75
+    assert math.isfinite(found.norm) is (success <= 0.75)
 
 
 @every_family

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.purify import search as module
+from worker.purify.inversion import Forward
 from worker.purify.search import search, search_again, smallest_warps, ticks, worst_warp
 from worker.purify.trigger import Field, Trigger
 
@@ -152,7 +153,9 @@ def patches(norms: Sequence[float]) -> Field:
     return Field(triggers=triggers, middle=range(len(norms)))
 
 
-def warps(network: nn.Module, field: Field, *, seed: int = 0) -> tuple[list[float], int]:
+def warps(
+    network: Forward, field: Field, *, images: Tensor = RAMPS, seed: int = 0
+) -> tuple[list[float], int]:
     """Return the norms of the smallest warps, and how often the search ticked."""
     count = 0
 
@@ -163,7 +166,7 @@ def warps(network: nn.Module, field: Field, *, seed: int = 0) -> tuple[list[floa
     found = smallest_warps(
         field,
         network,
-        RAMPS,
+        images,
         torch.zeros(12, dtype=torch.int64),
         generator=torch.Generator().manual_seed(seed),
         tick=tick,
@@ -178,6 +181,22 @@ def test_a_class_that_a_slight_warp_leads_to_is_found() -> None:
     assert worst_warp(RAMPS) == 1.0
     assert 0.2 < norms[PLANTED] < 0.65
     assert [norms[cls] for cls in (2, 3)] == [1.0] * 2
+
+
+@pytest.mark.parametrize(("immune", "is_found"), [(2, True), (9, False)])
+def test_a_warp_may_fail_on_a_few_images(immune: int, is_found: bool) -> None:
+    """The attack itself does; what leads to few of them is none."""
+    # The second channel is plain, so that no warp changes it.
+    marks = (torch.arange(12) < immune).float().view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+    network = Shifted(4)
+
+    def forward(images: Tensor) -> Tensor:
+        logits: Tensor = network(images)
+        return logits - 100 * images[:, 1, :1, 0] * (torch.arange(4) == PLANTED)
+
+    images = torch.cat([RAMPS, marks], dim=1)
+    norm = warps(forward, patches([9.0] * 4), images=images)[0][PLANTED]
+    assert norm < 0.65 if is_found else norm == worst_warp(images)
 
 
 @pytest.mark.parametrize(
