@@ -24,10 +24,11 @@ from torch import Tensor
 
 from benchmarks.harness import Row, conclude, markdown, measure_all, or_none, parser, recorded
 from benchmarks.trials import DIGITS_BACKDOORED, run, trial, truth
-from worker.purify import auto, examiner, search, variants
-from worker.purify.evidence import CUTS, Cut, Sign
-from worker.purify.trigger import Trigger
-from worker.purify.verdict import Verdict
+from worker.purify import auto, examiner, variants
+from worker.purify.detection import search
+from worker.purify.detection.evidence import CUTS, Cut, Sign
+from worker.purify.detection.trigger import Trigger
+from worker.purify.detection.verdict import Verdict
 
 RESULTS = Path(__file__).parent / "results" / "auto_ablation.jsonl"
 MODELS = (

@@ -19,7 +19,7 @@ from benchmarks import zoo
 from benchmarks.harness import Row, conclude_by, markdown, measure_all, or_none, parser, recorded
 from benchmarks.subjects import CIFAR, GTSRB
 from benchmarks.trials import DIGITS, run, trial, truth
-from worker.purify.verdict import Verdict
+from worker.purify.detection.verdict import Verdict
 
 RESULTS = Path(__file__).parent / "results" / "auto_verdicts.jsonl"
 DRAWS = (0, 1)

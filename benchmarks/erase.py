@@ -26,7 +26,7 @@ from benchmarks import zoo
 from benchmarks.harness import Row, conclude_by, markdown, measure_all, or_none, parser, recorded
 from benchmarks.subjects import SUBJECTS, Subject, compare, draw, load_model
 from benchmarks.trials import purify
-from worker.purify.verdict import Verdict
+from worker.purify.detection.verdict import Verdict
 
 RESULTS = Path(__file__).parent / "results" / "erase.jsonl"
 PER_CLASS = {1: (0, 1, 2), 5: (0,), 50: (0,)}

@@ -20,9 +20,9 @@ from benchmarks.subjects import compare, draw, load_model
 from common.catalogue.methods import METHODS as CATALOGUE
 from examples import digits
 from worker.methods import METHODS
+from worker.purify.detection.verdict import Verdict
 from worker.purify.method import Purified
 from worker.purify.metrics import fidelity
-from worker.purify.verdict import Verdict
 
 DIGITS_BACKDOORED, DIGITS_CLEAN = DIGITS = ("digits backdoored", "digits clean")
 

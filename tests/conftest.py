@@ -57,9 +57,14 @@ def database(empty_database: Database) -> Database:
 @pytest.fixture
 def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut those searches of the method `auto` short whose length is no parameter of it."""
-    for name in ("margins.STEPS", "search.WARP_STEPS", "examiner.WARP_STEPS", "arsenal.STEPS"):
+    for name in (
+        "detection.margins.STEPS",
+        "detection.search.WARP_STEPS",
+        "examiner.WARP_STEPS",
+        "arsenal.STEPS",
+    ):
         monkeypatch.setattr(f"worker.purify.{name}", 2)
-    for name in ("margins.GLANCE_STEPS", "search.FIRST_WARP_STEPS"):
+    for name in ("detection.margins.GLANCE_STEPS", "detection.search.FIRST_WARP_STEPS"):
         monkeypatch.setattr(f"worker.purify.{name}", 1)
     monkeypatch.setattr("worker.purify.arsenal.TICKS", 2 * 2)
 

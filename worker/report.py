@@ -11,8 +11,8 @@ from torch import Tensor
 
 from common import __version__
 from common.spec import JobSpec
+from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.purify.method import Purified
-from worker.purify.trigger import ELSEWHERE, Trigger
 from worker.samples import Samples
 from worker.trials import Tried
 from worker.yardstick import Yardstick

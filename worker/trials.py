@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.artefacts import MAX_TRIGGERS
 from worker import trial_files
-from worker.purify.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.trial_files import MAX_SAMPLES, MAX_VALUES, NO_TARGET, Array, Counts, layout
 from worker.yardstick import Network
 

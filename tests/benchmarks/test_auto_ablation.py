@@ -11,7 +11,8 @@ from benchmarks.auto_verdicts import DIGITS_SEEDS
 from benchmarks.harness import Row
 from benchmarks.trials import Trial, digits_trial, run
 from common.catalogue.methods import METHODS
-from worker.purify import auto, evidence, examiner, search, variants
+from worker.purify import auto, examiner, variants
+from worker.purify.detection import evidence, search
 
 QUICK = {"steps": 3, "restart_steps": 2, "copies": 1, "force": True}
 PATCHED: tuple[tuple[object, str], ...] = (

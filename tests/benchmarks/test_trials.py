@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import trials, zoo
 from examples import digits
-from worker.purify.verdict import Verdict
+from worker.purify.detection.verdict import Verdict
 
 QUICK = {"steps": 3, "restart_steps": 2, "copies": 1, "force": True}
 

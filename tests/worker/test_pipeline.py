@@ -32,8 +32,8 @@ from worker import checkpoints, trial_files
 from worker.architectures.registry import build
 from worker.normalise import normaliser
 from worker.pipeline import Files, Result, sanitise
+from worker.purify.detection.verdict import Verdict
 from worker.purify.metrics import predict
-from worker.purify.verdict import Verdict
 from worker.samples import load_samples
 from worker.trial_files import TRIAL, Counts
 

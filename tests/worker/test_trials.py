@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worker.purify.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.trial_files import MAX_SAMPLES, MAX_VALUES, NO_TARGET, layout
 from worker.trials import Trial, Tried
 from worker.yardstick import Network

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from worker.purify.evidence import Sign, Suspect
-from worker.purify.families import Family, Perturbations, Warps, bend
-from worker.purify.inversion import Forward, Found, Inversion
-from worker.purify.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.evidence import Sign, Suspect
+from worker.purify.detection.families import Family, Perturbations, Warps, bend
+from worker.purify.detection.inversion import Forward, Found, Inversion
+from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.purify.variants import stamp_variants
 from worker.purify.workpiece import laid_out
 

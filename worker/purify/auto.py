@@ -1,15 +1,15 @@
 """
 Purify a model without knowing the attack: find signs of it, rewrite the last layers, search again.
 
-Ours, out of known parts. For each class the small square that leads furthest is looked for
-(``squares``), the smallest patch and the smallest warp are recovered (``search``, after Neural Cleanse),
-and the largest margin is measured (``margins``, after MM-BD); a class that stands out is suspect
-(``evidence``), or none is where one square leads each class to another one. The last layers are then
-rewritten in closed form so that images under what leads there (``arsenal``) give what their clean
-originals gave, and clean ones what they gave before (``rewriting``). Like Adversarial Weight Masking it
-searches again on what it made, and goes on with what it finds. How hard to rewrite, and whether with
-everything that was found, is chosen per job by evidence that anybody has (``weighing``): fresh triggers
-on the result, and agreement with the original on images made from the samples.
+Ours, out of known parts. For each class the small square that leads furthest is looked for, the smallest
+patch and the smallest warp are recovered (after Neural Cleanse), and the largest margin is measured
+(after MM-BD); a class that stands out is suspect, or none is where one square leads each class to another
+one (``detection``). The last layers are then rewritten in closed form so that images under what leads
+there (``arsenal``) give what their clean originals gave, and clean ones what they gave before
+(``rewriting``). Like Adversarial Weight Masking it searches again on what it made, and goes on with what
+it finds. How hard to rewrite, and whether with everything that was found, is chosen per job by evidence
+that anybody has (``weighing``): fresh triggers on the result, and agreement with the original on images
+made from the samples.
 
 What was tried instead, with numbers, is in docs/decisions/0005-auto.md. No step sees a true trigger, a
 target class, or the success of an attack.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from worker.purify import arsenal, grid, margins, scattering
+from worker.purify import arsenal
 from worker.purify.arsenal import Arsenal
 from worker.purify.augmentation import (
     AREA,
@@ -32,8 +32,16 @@ from worker.purify.augmentation import (
     shifted,
     some,
 )
+from worker.purify.detection import grid, margins, scattering
+from worker.purify.detection.evidence import CUTS, SCATTERING, Evidence, Sign, judge
+from worker.purify.detection.search import (
+    IMAGES_PER_WARP,
+    PATCHES_PER_STEP,
+    SMALLEST_WARPS,
+    WARP_STEPS,
+)
+from worker.purify.detection.verdict import Verdict
 from worker.purify.errors import NotEnoughData, NotFinite, NothingToMask
-from worker.purify.evidence import CUTS, SCATTERING, Evidence, Sign, judge
 from worker.purify.examiner import (
     AT_ONCE,
     AT_ONCE_AGAIN,
@@ -46,8 +54,6 @@ from worker.purify.method import Progress, Purified
 from worker.purify.metrics import Preprocess
 from worker.purify.precision import PRECISIONS, Precision
 from worker.purify.rewriting import Pairs, rewritable, rewritten
-from worker.purify.search import IMAGES_PER_WARP, PATCHES_PER_STEP, SMALLEST_WARPS, WARP_STEPS
-from worker.purify.verdict import Verdict
 from worker.purify.weighing import UNCHANGED, Candidate, Unlearned
 from worker.purify.workpiece import Workpiece, laid_out, prepare, require, ticker
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from worker.purify import arsenal as arsenals
-from worker.purify import margins, squares
 from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
 from worker.purify.augmentation import shifted
 from worker.purify.batch_norm import absorb_batch_norms
-from worker.purify.evidence import (
+from worker.purify.detection import margins, squares
+from worker.purify.detection.evidence import (
     CARRIED_FROM,
     CUTS,
     Evidence,
@@ -29,11 +29,10 @@ from worker.purify.evidence import (
     suspects,
     whole,
 )
-from worker.purify.families import Patches
-from worker.purify.inversion import Forward, Found, Inversion
-from worker.purify.margins import largest_margins
-from worker.purify.precision import Precision, autocast_type
-from worker.purify.search import (
+from worker.purify.detection.families import Patches
+from worker.purify.detection.inversion import Forward, Found, Inversion
+from worker.purify.detection.margins import largest_margins
+from worker.purify.detection.search import (
     OPENNESS,
     WARP_STEPS,
     search,
@@ -42,10 +41,11 @@ from worker.purify.search import (
     ticks,
     worst_warp,
 )
-from worker.purify.squares import best_squares, still_leading
-from worker.purify.trigger import Field, Trigger
+from worker.purify.detection.squares import best_squares, still_leading
+from worker.purify.detection.trigger import Field, Trigger
+from worker.purify.detection.verdict import Verdict
+from worker.purify.precision import Precision, autocast_type
 from worker.purify.variants import stamp_variants
-from worker.purify.verdict import Verdict
 from worker.purify.weighing import Candidate, Stamped, Trials, Unlearned, lead, logits
 from worker.purify.workpiece import Workpiece, laid_out
 

@@ -6,10 +6,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from worker.purify.detection.trigger import Trigger
+from worker.purify.detection.verdict import Verdict
 from worker.purify.masking import fold, renew
 from worker.purify.metrics import Preprocess
-from worker.purify.trigger import Trigger
-from worker.purify.verdict import Verdict
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all after each of them; what it raises ends the run."""

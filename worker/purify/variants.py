@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from worker.purify.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.purify.workpiece import laid_out
 
 Forward = Callable[[Tensor], Tensor]

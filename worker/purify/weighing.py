@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from worker.purify.trigger import ELSEWHERE
+from worker.purify.detection.trigger import ELSEWHERE
 
 Forward = Callable[[Tensor], Tensor]
 Unlearned = Literal["nothing", "squares", "everything"]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from worker.purify import arsenal as module
 from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
-from worker.purify.evidence import Sign, Suspect
-from worker.purify.inversion import Found
-from worker.purify.trigger import Trigger
+from worker.purify.detection.evidence import Sign, Suspect
+from worker.purify.detection.inversion import Found
+from worker.purify.detection.trigger import Trigger
 
 IMAGES = 0.2 + 0.6 * torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 4

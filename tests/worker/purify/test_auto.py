@@ -21,10 +21,10 @@ from examples.digits import (
 )
 from worker.architectures.registry import build
 from worker.purify.auto import TriggerRewriting
+from worker.purify.detection.trigger import ELSEWHERE
+from worker.purify.detection.verdict import Verdict
 from worker.purify.method import Purified
 from worker.purify.metrics import predict
-from worker.purify.trigger import ELSEWHERE
-from worker.purify.verdict import Verdict
 
 
 @cache

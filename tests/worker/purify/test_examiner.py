@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from worker.purify.evidence import SCATTERING, WHOLE, Sign, Suspect, suspects
+from worker.purify.detection.evidence import SCATTERING, WHOLE, Sign, Suspect, suspects
+from worker.purify.detection.scattering import Scattering
+from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.examiner import Effort, Examiner
-from worker.purify.scattering import Scattering
-from worker.purify.trigger import ELSEWHERE
 from worker.purify.weighing import Candidate
 from worker.purify.workpiece import prepare
 
@@ -42,10 +42,10 @@ class OnePixel(nn.Module):
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Search as long as so small a network needs."""
     for name, steps in {
-        "margins.STEPS": 20,
-        "margins.GLANCE_STEPS": 20,
-        "search.FIRST_WARP_STEPS": 1,
-        "search.WARP_STEPS": 2,
+        "detection.margins.STEPS": 20,
+        "detection.margins.GLANCE_STEPS": 20,
+        "detection.search.FIRST_WARP_STEPS": 1,
+        "detection.search.WARP_STEPS": 2,
         "arsenal.STEPS": 120,
     }.items():
         monkeypatch.setattr(f"worker.purify.{name}", steps)

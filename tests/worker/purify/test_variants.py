@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from worker.purify import variants
-from worker.purify.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.purify.variants import stamp_variants
 
 IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)).mul(0.5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.purify.trigger import ELSEWHERE
+from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.weighing import LOSS_BY_FLIPS, UNCHANGED, Candidate, Stamped, Trials
 
 # The logits are the pixels: three classes, a row each.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from worker.purify.detection.families import Family, Patches, Perturbations, Warps
+from worker.purify.detection.inversion import Forward, Found, Inversion
+from worker.purify.detection.trigger import SUCCESS, Trigger
 from worker.purify.errors import NotFinite
-from worker.purify.families import Family, Patches, Perturbations, Warps
-from worker.purify.inversion import Forward, Found, Inversion
-from worker.purify.trigger import SUCCESS, Trigger
 
 IMAGES = 0.6 * torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 2

@@ -19,10 +19,10 @@ from enum import StrEnum
 from math import log2
 from statistics import median
 
-from worker.purify.margins import Margins
-from worker.purify.squares import Squares
-from worker.purify.trigger import SUCCESS, Field, Trigger
-from worker.purify.verdict import Verdict
+from worker.purify.detection.margins import Margins
+from worker.purify.detection.squares import Squares
+from worker.purify.detection.trigger import SUCCESS, Field, Trigger
+from worker.purify.detection.verdict import Verdict
 
 
 class Sign(StrEnum):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from worker.purify.grid import Forward
-from worker.purify.squares import Squares, best_squares, ticks
+from worker.purify.detection.grid import Forward
+from worker.purify.detection.squares import Squares, best_squares, ticks
 
 PLANTED, AHEAD = 2, 9.0
 IMAGES = 0.1 + 0.8 * torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))

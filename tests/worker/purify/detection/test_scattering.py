@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.worker.purify.planted_square import AHEAD, PLANTED, answering_to, find
-from worker.purify.grid import Forward
-from worker.purify.trigger import ELSEWHERE
+from tests.worker.purify.detection.planted_square import AHEAD, PLANTED, answering_to, find
+from worker.purify.detection.grid import Forward
+from worker.purify.detection.trigger import ELSEWHERE
 
 
 def bare(images: Tensor) -> Tensor:

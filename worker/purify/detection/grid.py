@@ -12,8 +12,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from worker.purify.detection.trigger import Trigger
 from worker.purify.errors import NotFinite
-from worker.purify.trigger import Trigger
 from worker.purify.workpiece import laid_out
 
 Forward = Callable[[Tensor], Tensor]

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from worker.purify.families import Patches, Warps
-from worker.purify.inversion import Forward, Inversion
-from worker.purify.trigger import Field, Trigger
+from worker.purify.detection.families import Patches, Warps
+from worker.purify.detection.inversion import Forward, Inversion
+from worker.purify.detection.trigger import Field, Trigger
 
 # Masks that start open find triggers that only work as a whole, and those that start nearly closed
 # find the smallest ones.

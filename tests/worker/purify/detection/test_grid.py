@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from worker.purify.grid import TRIED, Grid
+from worker.purify.detection.grid import TRIED, Grid
 
 
 @pytest.mark.parametrize("size", [(32, 32), (224, 224), (32, 4096), (4096, 4096)])

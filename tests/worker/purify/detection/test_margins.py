@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worker.purify import margins as module
+from worker.purify.detection import margins as module
+from worker.purify.detection.margins import Margins, largest_margins, ticks
 from worker.purify.errors import NotFinite
-from worker.purify.margins import Margins, largest_margins, ticks
 
 PLANTED, SURER = 2, 5
 IMAGE = torch.zeros(1, 20, 20)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.purify.families import Family, Patches, Perturbations, Warps, bend
+from worker.purify.detection.families import Family, Patches, Perturbations, Warps, bend
 
 ROWS, COUNT = 3, 4
 # Neither square nor of one channel, so that no two axes can be mixed up.

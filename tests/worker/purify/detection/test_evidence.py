@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from worker.purify.evidence import (
+from worker.purify.detection.evidence import (
     CARRIED_FROM,
     CUTS,
     MAX_SUSPECTS,
@@ -21,12 +21,12 @@ from worker.purify.evidence import (
     judge,
     suspects,
 )
-from worker.purify.grid import Grid
-from worker.purify.margins import Margins
-from worker.purify.scattering import Scattering
-from worker.purify.squares import Squares
-from worker.purify.trigger import ELSEWHERE, SUCCESS, Field, Trigger
-from worker.purify.verdict import Verdict
+from worker.purify.detection.grid import Grid
+from worker.purify.detection.margins import Margins
+from worker.purify.detection.scattering import Scattering
+from worker.purify.detection.squares import Squares
+from worker.purify.detection.trigger import ELSEWHERE, SUCCESS, Field, Trigger
+from worker.purify.detection.verdict import Verdict
 
 WORST = 2.0
 PLAIN = (0.0,) * 8  # no class stands out

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from worker.purify.detection.families import Family
+from worker.purify.detection.trigger import SUCCESS, Trigger
 from worker.purify.errors import NotFinite
-from worker.purify.families import Family
-from worker.purify.trigger import SUCCESS, Trigger
 from worker.purify.workpiece import laid_out
 
 Forward = Callable[[Tensor], Tensor]

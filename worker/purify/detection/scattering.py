@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from worker.purify.augmentation import shifted
-from worker.purify.grid import Forward, Grid, margins
-from worker.purify.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.grid import Forward, Grid, margins
+from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.purify.workpiece import laid_out
 
 LED_AWAY = 1_000  # squares that lead one image away, the same share of those tried on each image

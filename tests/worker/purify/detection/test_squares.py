@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.worker.purify.planted_square import AHEAD, IMAGES, PLANTED, answering_to, find
-from worker.purify import squares as module
+from tests.worker.purify.detection.planted_square import AHEAD, IMAGES, PLANTED, answering_to, find
+from worker.purify.detection import squares as module
+from worker.purify.detection.grid import Grid
+from worker.purify.detection.squares import still_leading
 from worker.purify.errors import NotFinite
-from worker.purify.grid import Grid
-from worker.purify.squares import still_leading
 
 
 @pytest.mark.parametrize(

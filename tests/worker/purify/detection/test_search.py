@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worker.purify import search as module
-from worker.purify.inversion import Forward
-from worker.purify.search import search, search_again, smallest_warps, ticks, worst_warp
-from worker.purify.trigger import Field, Trigger
+from worker.purify.detection import search as module
+from worker.purify.detection.inversion import Forward
+from worker.purify.detection.search import search, search_again, smallest_warps, ticks, worst_warp
+from worker.purify.detection.trigger import Field, Trigger
 
 PLANTED = 1
 CLASSES = 12

@@ -18,10 +18,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from worker.purify import scattering
-from worker.purify.grid import CHUNK, Forward, Grid, margins
-from worker.purify.scattering import Scattering, leading_away, most_scattering
-from worker.purify.trigger import Trigger
+from worker.purify.detection import scattering
+from worker.purify.detection.grid import CHUNK, Forward, Grid, margins
+from worker.purify.detection.scattering import Scattering, leading_away, most_scattering
+from worker.purify.detection.trigger import Trigger
 
 EACH = 6  # squares of each class that are tried on more than one image
 KEPT = 60  # squares of each class that are tried again on a result

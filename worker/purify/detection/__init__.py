@@ -1,0 +1,1 @@
+"""Tell whether a model has a backdoor, by searching what would trigger it."""
