@@ -224,6 +224,7 @@ class Examiner:
         found = self.evidence.squares
         named = whole(found, self.evidence.margins)
         if scatters(found):
+            # There may be two attacks.
             others = [found.triggers[cls] for cls in named]
             triggers = [found.scattering.trigger, *found.scattering.alike, *others]
         else:

@@ -187,8 +187,8 @@ def suspects(evidence: Evidence) -> list[Suspect]:
     it was tried on. Without these, squares of any kind do, and then the smallest patch, whatever the
     verdict. Up to two more must stand out by themselves and nearly as far: to unlearn the patch of an
     innocent class costs accuracy, since such a patch is made of what the class looks like. There are
-    none where one square leads each class to another one: that is the whole attack, and a class to
-    which another square leads as well is as a rule not its own.
+    none where one square leads each class to another one: that square is unlearned, whatever class
+    stands out beside.
     """
     if scatters(evidence.squares):
         return []
