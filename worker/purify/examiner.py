@@ -89,7 +89,7 @@ class Effort:
 
     def ticks(self, image: Tensor, classes: int) -> int:
         """Return how often an examiner ticks."""
-        first = ticks(self.steps, classes) + self.steps + margins.ticks(classes) + WARP_STEPS
+        first = ticks(self.steps, classes) + self.steps + margins.ticks(classes) + 2 * WARP_STEPS
         again = (self.rounds + self.results) * self.restart_steps
         return first + squares.ticks(image, classes) + (1 + self.rounds) * arsenals.TICKS + again
 
@@ -142,7 +142,7 @@ class Examiner:
 
     def _look(self) -> Evidence:
         """
-        Return what speaks for a backdoor; where that is doubtful, after a second look for patches.
+        Return what speaks for a backdoor; where that is doubtful, after a second look.
 
         No warp is searched where a square has told: nothing else would name another class.
         """
@@ -176,6 +176,10 @@ class Examiner:
             again = search_again(field, *given, steps=steps, generator=generator, tick=tick)
             found = replace(found, field=again)
             found = replace(found, carried=self._carried(found))
+        if found.warps is not None and judge(found) is Verdict.INCONCLUSIVE:
+            others = smallest_warps(field, *given, generator=generator, tick=tick)
+            smaller = [min(pair) for pair in zip(found.warps, others, strict=True)]
+            found = replace(found, warps=smaller)
         return found
 
     def _carried(self, found: Evidence) -> dict[int, float]:

@@ -1,6 +1,7 @@
 """Purify small backdoored models without being told of the attack."""
 
 import copy
+import math
 import operator
 from functools import cache
 
@@ -192,24 +193,32 @@ def test_an_inconclusive_model_is_not_changed_but_could_be(
 
 
 @pytest.mark.usefixtures("short_searches")
-def test_where_it_is_doubtful_the_smaller_of_two_patches_counts(
+def test_where_it_is_doubtful_the_smaller_of_two_warps_and_patches_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first look is the same either way."""
+    for module in ("detection.search", "examiner"):
+        monkeypatch.setattr(f"worker.purify.{module}.WARP_STEPS", 40)
+        # Of so small an image no slighter one leads anywhere.
+        monkeypatch.setattr(f"worker.purify.{module}.worst_warp", lambda _: 4.0)
     model, split = clean()
     images, labels, _ = draw_clean_samples(split, 1, 0)
 
-    def norms(verdict: Verdict) -> list[float]:
+    def norms(verdict: Verdict) -> dict[str, list[float]]:
         monkeypatch.setattr("worker.purify.examiner.judge", lambda _: verdict)
         monkeypatch.setattr("worker.purify.auto.judge", lambda _: Verdict.CLEAN)
         findings = preset(steps=30).purify(model, images, labels, seed=0).findings
         classes = findings["classes"]
         assert isinstance(classes, list)
-        return [entry["norm"] for entry in classes]
+        return {
+            kind: [math.inf if entry[kind] is None else entry[kind] for entry in classes]
+            for kind in ("warp", "norm")
+        }
 
     once, twice = norms(Verdict.CLEAN), norms(Verdict.INCONCLUSIVE)
-    assert all(map(operator.le, twice, once))
-    assert twice != once
+    for kind in ("warp", "norm"):
+        assert all(map(operator.le, twice[kind], once[kind]))
+        assert twice[kind] != once[kind]
 
 
 @pytest.mark.usefixtures("short_searches")
