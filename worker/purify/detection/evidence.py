@@ -55,7 +55,7 @@ CUTS: Mapping[Sign, Cut] = {
 CARRIED_FROM = 1.0
 
 # To how many classes one square leads.
-SCATTERING = Cut(backdoored_from=2.8, clean_below=2.2)
+SCATTERING = Cut(backdoored_from=2.6, clean_below=2.2)
 
 # Of the furthest that a class can get ahead: from here on a square that leads there is the trigger, and
 # not a piece of it.

@@ -35,9 +35,10 @@ class Scattering:
 
     Attributes:
         trigger: What it looks like; it leads ``ELSEWHERE``.
-        classes: To how many classes: the exponential of the entropy of where it leads, times how many
-            of the images it leads away. One class that attracts all of them counts as one, and an
-            image that half of the other squares lead away from the same place does not count.
+        classes: To how many classes: the inverse of how often two images that it leads away are led
+            to the same one, times how many of the images it leads away. One class that attracts most of
+            them hardly counts for more than one, and an image that half of the other squares lead away
+            from the same place does not count.
         alike: Others of the same kind that lie within it, or hardly beyond, and lead to nearly as many:
             which of them is the true one does not show.
     """
@@ -166,9 +167,10 @@ def _led_to(away: Tensor, to: Tensor, classes: int) -> Tensor:
     """Return to how many classes each square leads, ``(M,)``, as ``Scattering`` says it."""
     weights = away.float()
     counts = weights.new_zeros(len(away), classes).scatter_add(1, to, weights)
-    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
-    entropy = -torch.special.xlogy(shares, shares).sum(1)
-    found: Tensor = weights.mean(1) * entropy.exp()
+    led = counts.sum(1)
+    # Simpson's number, not the exponential of the entropy: what hides an object leads most images to
+    # one class and, among many classes, each of the others to some other one.
+    found: Tensor = weights.mean(1) * led.square() / counts.square().sum(1).clamp_min(1)
     return found
 
 

@@ -39,8 +39,7 @@ def test_a_square_that_sends_every_class_to_another_one_leads_to_all() -> None:
         [0, row, column] for row in range(27, 31) for column in range(27, 31)
     ]
     shares = torch.bincount(own).float() / len(own)
-    entropy = -torch.special.xlogy(shares, shares).sum()
-    assert found.classes == pytest.approx(float(entropy.exp()), rel=1e-5)
+    assert found.classes == pytest.approx(float(1 / shares.square().sum()), rel=1e-5)
     assert found.classes > 3
     assert found.alike == []
     assert all(attacked.index(cls) < 1 for cls in range(5))
@@ -101,3 +100,28 @@ def test_one_class_that_attracts_all_images_counts_as_one() -> None:
     found = find(attracting).scattering
     assert found.classes <= 1.0
     assert find(sending_on).scattering.classes > 2 * found.classes
+
+
+def test_one_class_that_attracts_most_images_hardly_counts_for_more() -> None:
+    """What hides an object leads most images to one class, and of many classes the rest to any other."""
+    plain = torch.rand(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    alike = plain.expand(-1, -1, 32, 32).clone()
+    towards = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+
+    def by_shade(images: Tensor) -> Tensor:
+        return (images[:, :, 0, 0] - 0.5) @ towards * 4
+
+    def attracting_most(images: Tensor) -> Tensor:
+        own = by_shade(images)
+        is_triggered = answering_to(27, 27, 4, (1.0, 1.0, 1.0))(images)[:, PLANTED, None] > AHEAD / 2
+        others = 10 * own.roll(1, dims=1)
+        to_one = torch.nn.functional.one_hot(torch.tensor(PLANTED), 40) * 2 * others.amax()
+        is_bright = images[:, :1, 0, 0] > 0.4
+        return torch.where(is_triggered, torch.where(is_bright, to_one, others), own)
+
+    attracted = int((alike[:, 0, 0, 0] > 0.4).sum())
+    found = find(attracting_most, images=alike, classes=40).scattering
+    assert found.trigger.success > 0.9
+    assert found.classes < len(alike) ** 2 / attracted**2
+    spread = find(lambda images: sending_on(images, by_shade), images=alike, classes=40).scattering
+    assert spread.classes > 2 * found.classes
