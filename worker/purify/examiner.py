@@ -42,7 +42,7 @@ from worker.purify.detection.search import (
     worst_warp,
 )
 from worker.purify.detection.squares import best_squares, still_leading
-from worker.purify.detection.trigger import Field, Trigger
+from worker.purify.detection.trigger import ELSEWHERE, Field, Trigger
 from worker.purify.detection.verdict import Verdict
 from worker.purify.precision import Precision, autocast_type
 from worker.purify.variants import stamp_variants
@@ -352,21 +352,20 @@ class Examiner:
             arsenal: What is unlearned; of its patches fresh variants are made.
             fresh: Perturbations and warps that are not unlearned.
         """
-        everywhere = torch.arange(len(held_out), device=held_out.device)
         patches = len(arsenal.patches)
         stamped = [
             # The next share of the images for each, one at least.
-            self._patched(held_out, everywhere[number % len(held_out) :: patches], patch)
+            self._patched(images[number % len(images) :: patches], patch)
             for number, patch in enumerate(arsenal.patches)
+            # Near the borders anything leads elsewhere, and a trigger no more often than its control.
+            for images in [like_samples if patch.target == ELSEWHERE else held_out]
         ]
         # Where a square is the trigger, perturbations show how near the class is, not what is left.
         exact = {each.target for each in self.suspects if Sign.SQUARE in each.signs}
         perturbations = [each for each in fresh.perturbations if each.target not in exact]
         for kind, move in ((perturbations, perturbed), (fresh.warps, warped)):
             stamped += [
-                self._moved(
-                    held_out, everywhere, [each for each in kind if each.target == target], move
-                )
+                self._moved(held_out, [each for each in kind if each.target == target], move)
                 for target in dict.fromkeys(each.target for each in kind)
             ]
         answers = logits(self._original, like_samples)
@@ -427,12 +426,14 @@ class Examiner:
                 left.append(self._index(patch) / first)
         return replace(candidate, residual=min(1.0, max(left)), searched=True)
 
-    def _patched(self, held_out: Tensor, at: Tensor, patch: Trigger) -> Stamped:
-        images = held_out[at]
-        noise = torch.rand(patch.pattern.shape, generator=self._generator).to(images)
+    def _patched(self, images: Tensor, patch: Trigger) -> Stamped:
+        other = torch.rand(patch.pattern.shape, generator=self._generator).to(images)
+        if patch.target == ELSEWHERE:
+            # Of one pixel chance may make the very trigger.
+            other = 1 - patch.pattern
         return Stamped(
             target=patch.target,
-            at=at,
+            bare=images,
             images=stamp_variants(
                 self._original,
                 images,
@@ -440,14 +441,13 @@ class Examiner:
                 reach=self._effort.reach,
                 generator=self._generator,
             ),
-            control=laid_out(images * (1 - patch.mask) + noise * patch.mask),
+            control=laid_out(images * (1 - patch.mask) + other * patch.mask),
             stronger=True,
         )
 
     def _moved(
         self,
-        held_out: Tensor,
-        at: Tensor,
+        images: Tensor,
         found: Sequence[Found],
         move: Callable[[Tensor, Sequence[Found], torch.Generator], Tensor],
     ) -> Stamped:
@@ -460,9 +460,9 @@ class Examiner:
 
         return Stamped(
             target=found[0].target,
-            at=at,
-            images=move(held_out[at], found, self._generator),
-            control=move(held_out[at], [shuffled(each) for each in found], self._generator),
+            bare=images,
+            images=move(images, found, self._generator),
+            control=move(images, [shuffled(each) for each in found], self._generator),
             stronger=False,
         )
 

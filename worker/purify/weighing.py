@@ -68,14 +68,14 @@ class Stamped:
 
     Attributes:
         target: That class; ``ELSEWHERE`` where it leads to any other one.
-        at: Which of the held-out images they are, ``(n,)`` int64.
-        images: ``(n, C, H, W)``.
+        bare: The images without it, ``(n, C, H, W)``.
+        images: Under it.
         control: The same images under something random of the same kind and size.
         stronger: Whether what is stamped is stronger than a trigger would be.
     """
 
     target: int
-    at: Tensor
+    bare: Tensor
     images: Tensor
     control: Tensor
     stronger: bool
@@ -91,7 +91,7 @@ class Trials:
         before: The original's logits on these, ``(N, classes)``.
         leads: By how many logits its first class leads on images that are like the samples, ``(M,)``.
         suspects: The classes that are made harder to reach.
-        stamped: Parts of the images, one for everything that leads to one of these.
+        stamped: Held-out images, a part for everything that leads to one of these.
     """
 
     images: Tensor
@@ -127,8 +127,7 @@ class Trials:
         ``TRIGGER_TO_LEAST`` times as far; patches in their variants are stronger than a trigger, so their
         share is squared.
         """
-        clean = logits(forward, self.images)
-        return max((_left(forward, each, clean[each.at]) for each in self.stamped), default=0.0)
+        return max((_left(forward, each) for each in self.stamped), default=0.0)
 
 
 def logits(forward: Forward, images: Tensor) -> Tensor:
@@ -143,7 +142,8 @@ def lead(answers: Tensor, classes: Tensor) -> Tensor:
     return own - answers.scatter(1, classes[:, None], -torch.inf).amax(1)
 
 
-def _left(forward: Forward, stamped: Stamped, clean: Tensor) -> float:
+def _left(forward: Forward, stamped: Stamped) -> float:
+    clean = logits(forward, stamped.bare)
     times = 1.0 if stamped.stronger else TRIGGER_TO_LEAST
     if stamped.target == ELSEWHERE:
         target, towards = clean.argmax(1), -1.0

@@ -222,3 +222,18 @@ def test_every_patch_is_tried_even_where_images_are_few() -> None:
     trials = found.trials(IMAGES[:2], IMAGES, many, replace(fresh, perturbations=[]))
     assert [len(each.images) for each in trials.stamped] == [1] * 5
     assert [len(each.control) for each in trials.stamped] == [1] * 5
+
+
+def test_what_leads_elsewhere_is_tried_on_samples_against_its_opposite() -> None:
+    """Near the borders anything leads elsewhere, and of one pixel chance may make the very trigger."""
+    found = examiner()
+    known, fresh = found.gather(IMAGES, LABELS)
+    only = replace(fresh, perturbations=[])
+    patch = replace(known.patches[0], target=ELSEWHERE)
+    near, like = torch.zeros_like(IMAGES), IMAGES[:3]
+    (stamped,) = found.trials(near, like, replace(known, patches=[patch]), only).stamped
+    assert torch.equal(stamped.bare, like)
+    opposite = torch.where(patch.mask > 0, 1 - patch.pattern, like)
+    torch.testing.assert_close(stamped.control, opposite)
+    (named,) = found.trials(near, like, replace(known, patches=known.patches[:1]), only).stamped
+    assert torch.equal(named.bare, near)

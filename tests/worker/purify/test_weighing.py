@@ -70,11 +70,9 @@ def test_images_of_a_suspect_that_change_are_lost() -> None:
     assert lost == pytest.approx(LOSS_BY_FLIPS * 0.05**2 + 1 / 3)
 
 
-def stamped(images: Tensor, control: Tensor, *, stronger: bool) -> Stamped:
+def stamped(bare: Tensor, images: Tensor, control: Tensor, *, stronger: bool) -> Stamped:
     """Return images that lead to class 2."""
-    return Stamped(
-        target=2, at=torch.arange(len(images)), images=images, control=control, stronger=stronger
-    )
+    return Stamped(target=2, bare=bare, images=images, control=control, stronger=stronger)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +90,7 @@ def test_a_least_perturbation_counts_twice(shift: float, stronger: bool, residua
     """A trigger is more than the least that suffices; variants of a patch are more than a trigger."""
     images = pixels([0.9, 0.0, 0.0], [0.6, 0.5, 0.1])
     there = images + torch.tensor([0.0, 0.0, shift]).view(3, 1, 1)
-    tried = trials(images, [0.5], stamped=(stamped(there, images, stronger=stronger),))
+    tried = trials(images, [0.5], stamped=(stamped(images, there, images, stronger=stronger),))
     assert tried.residual(answers) == residual
 
 
@@ -100,9 +98,9 @@ def test_what_a_control_does_as_well_does_not_count() -> None:
     """Something random of the same size is no trigger; neither is what was the class already."""
     images = pixels(SURE, SUSPECT)
     there = images + torch.tensor([0.0, 0.0, 2.0]).view(3, 1, 1)
-    alike = trials(images, [0.5], stamped=(stamped(there, there, stronger=False),))
+    alike = trials(images, [0.5], stamped=(stamped(images, there, there, stronger=False),))
     assert alike.residual(answers) == 0.0
-    alone = trials(images, [0.5], stamped=(stamped(there, images, stronger=False),))
+    alone = trials(images, [0.5], stamped=(stamped(images, there, images, stronger=False),))
     assert alone.residual(answers) == 0.5
     assert trials(images, [0.5]).residual(answers) == 0.0
 
@@ -130,7 +128,5 @@ def test_what_leads_elsewhere_is_left_where_it_leads_away() -> None:
     images = pixels(SURE, SURE, BORDERLINE, SUSPECT)
     moved = pixels(SUSPECT, [0.1, 0.9, 0.0], BORDERLINE, SUSPECT)
     control = pixels(SURE, [0.1, 0.9, 0.0], BORDERLINE, SUSPECT)
-    found = Stamped(
-        target=ELSEWHERE, at=torch.arange(4), images=moved, control=control, stronger=True
-    )
+    found = Stamped(target=ELSEWHERE, bare=images, images=moved, control=control, stronger=True)
     assert trials(images, [0.5], stamped=(found,)).residual(answers) == pytest.approx(0.25**2)
