@@ -61,8 +61,8 @@ class AutoParameters(MethodParameters):
     )
     copies: Copies | None = Field(
         None,
-        description="Randomly cropped copies of each sample to rewrite with; no more than make 600 "
-        "images in all. Preset: 40.",
+        description="Randomly cropped copies of each sample to rewrite with; no more than make 1,600 "
+        "images in all. Preset: 100.",
     )
     flip: bool | None = Field(
         None,
@@ -98,7 +98,7 @@ def _resolve(given: AutoParameters, samples: Samples) -> AutoParameters:
         "layers": 3,
         "ridge": 0.03,
         "strengths": [0.1, 0.3, 1.0],
-        "copies": 40,
+        "copies": 100,
         # Grey images and many classes are mostly digits, letters or signs.
         "flip": samples.image_shape[0] == 3 and samples.classes <= 10,
         "reach": max(1, round(min(samples.image_shape[1:]) / 16)),

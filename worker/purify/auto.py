@@ -57,7 +57,8 @@ from worker.purify.rewriting import Pairs, rewritable, rewritten
 from worker.purify.weighing import UNCHANGED, Candidate, Unlearned
 from worker.purify.workpiece import Workpiece, laid_out, prepare, require, ticker
 
-MAX_POOL = 600  # images to rewrite with
+MAX_CROPS = 1_600  # to rewrite with
+MAX_OTHERS = 600  # shifts to rewrite with, which soon look alike, and images to try results on
 MAX_POOL_VALUES = 2**26  # in a quarter of a gigabyte; there are seven tensors of this size
 NOTHING = Arsenal(patches=[], perturbations=[], warps=[])
 PARTS = 2  # of what was found: what may suffice, and everything
@@ -113,7 +114,7 @@ class TriggerRewriting:
     layers: int = 3
     ridge: float = 0.03
     strengths: tuple[float, ...] = (0.1, 0.3, 1.0)
-    copies: int = 40
+    copies: int = 100
     flip: bool = False
     reach: int = 2
     force: bool = False
@@ -145,8 +146,8 @@ class TriggerRewriting:
         searches += (grid.TRIED + scattering.TRIED) // 3  # these have no backward pass
         searches += (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
-        pool = min(images * (1 + self.copies), MAX_POOL)
-        return 3 * searches + again * (3 * self.layers + 15) * pool
+        crops, others = (min(images * (1 + self.copies), most) for most in (MAX_CROPS, MAX_OTHERS))
+        return 3 * searches + again * (3 * self.layers * crops + 15 * others)
 
     def purify(
         self,
@@ -271,27 +272,25 @@ class TriggerRewriting:
         return known, *examiner.best([*candidates, *weighed(known, fresh, "everything")])
 
     def _variants(self, work: Workpiece, generator: torch.Generator, *, resized: bool) -> _Images:
-        count = len(work.images)
-        room = min(MAX_POOL, MAX_POOL_VALUES // work.images[0].numel()) // count - 1
-        copies = min(self.copies, max(0, room))
-
-        def variants(area: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        def variants(area: tuple[float, float], most: int) -> tuple[Tensor, Tensor]:
             given = (work.images, work.labels)
+            room = min(most, MAX_POOL_VALUES // work.images[0].numel()) // len(work.images) - 1
+            copies = min(self.copies, max(0, room))
             if resized:
                 return augment(
                     *given, copies=copies, flip=self.flip, area=area, generator=generator
                 )
             return shifted(*given, copies=copies, flip=self.flip, generator=generator)
 
-        crops, labels = variants(AREA)
+        crops, labels = variants(AREA, MAX_CROPS if resized else MAX_OTHERS)
         pasted = some(crops, pasted_in_pairs(crops, generator), generator)
         mixed = some(pasted, mixed_in_pairs(pasted, generator), generator)
         return _Images(
             crops=laid_out(crops),
             labels=labels,
             to_rewrite_with=laid_out(mixed),
-            held_out=laid_out(mixed_in_pairs(variants(AREA)[0], generator)),
-            like_samples=laid_out(variants(LIKE_SAMPLES)[0]),
+            held_out=laid_out(mixed_in_pairs(variants(AREA, MAX_OTHERS)[0], generator)),
+            like_samples=laid_out(variants(LIKE_SAMPLES, MAX_OTHERS)[0]),
         )
 
 

@@ -19,7 +19,7 @@ trigger's shift of the features as the association that is overwritten.
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -96,8 +96,8 @@ def rewritten(
         NotFinite: A layer's inputs or outputs are not.
     """
     results = [copy.deepcopy(original) for _ in strengths]
-    for number, name in enumerate(layers):
-        aims = _aims(original, name, run, pairs.clean)
+    aims_of_all = _aims(original, layers, run, pairs.clean)
+    for number, (name, aims) in enumerate(zip(layers, aims_of_all, strict=True)):
         sums = None
         for result, strength in zip(results, strengths, strict=True):
             # Up to the first layer the results are the same yet.
@@ -166,14 +166,20 @@ def _spread(rows: Tensor) -> Tensor:
 
 
 def _aims(
-    original: nn.Module, name: str, run: Callable[[nn.Module, Tensor], Tensor], clean: Tensor
-) -> list[Tensor]:
-    """Return what the layer gives on each chunk of the clean images."""
-    layer, aims = original.get_submodule(name), []
-    with _watching(layer) as watched, torch.no_grad():
+    original: nn.Module,
+    names: Sequence[str],
+    run: Callable[[nn.Module, Tensor], Tensor],
+    clean: Tensor,
+) -> list[list[Tensor]]:
+    """Return what each layer gives on each chunk of the clean images."""
+    layers = [original.get_submodule(name) for name in names]
+    aims = [list[Tensor]() for _ in layers]
+    with ExitStack() as stack, torch.no_grad():
+        watched = [stack.enter_context(_watching(layer)) for layer in layers]
         for chunk in torch.split(clean, CHUNK):
             run(original, chunk)
-            aims.append(_outputs(layer, watched.outputs))
+            for layer, seen, own in zip(layers, watched, aims, strict=True):
+                own.append(_outputs(layer, seen.outputs))
     return aims
 
 

@@ -113,7 +113,9 @@ def test_one_class_that_attracts_most_images_hardly_counts_for_more() -> None:
 
     def attracting_most(images: Tensor) -> Tensor:
         own = by_shade(images)
-        is_triggered = answering_to(27, 27, 4, (1.0, 1.0, 1.0))(images)[:, PLANTED, None] > AHEAD / 2
+        is_triggered = (
+            answering_to(27, 27, 4, (1.0, 1.0, 1.0))(images)[:, PLANTED, None] > AHEAD / 2
+        )
         others = 10 * own.roll(1, dims=1)
         to_one = torch.nn.functional.one_hot(torch.tensor(PLANTED), 40) * 2 * others.amax()
         is_bright = images[:, :1, 0, 0] > 0.4
