@@ -57,8 +57,8 @@ from worker.purify.rewriting import Pairs, rewritable, rewritten
 from worker.purify.weighing import UNCHANGED, Candidate, Unlearned
 from worker.purify.workpiece import Workpiece, laid_out, prepare, require, ticker
 
-MAX_CROPS = 1_600  # to rewrite with
-MAX_OTHERS = 600  # shifts to rewrite with, which soon look alike, and images to try results on
+MAX_POOL = 1_600  # images to rewrite with
+FEWER = 600  # under perturbations and warps, which do no better with more, and to try results on
 MAX_POOL_VALUES = 2**26  # in a quarter of a gigabyte; there are seven tensors of this size
 NOTHING = Arsenal(patches=[], perturbations=[], warps=[])
 PARTS = 2  # of what was found: what may suffice, and everything
@@ -146,8 +146,8 @@ class TriggerRewriting:
         searches += (grid.TRIED + scattering.TRIED) // 3  # these have no backward pass
         searches += (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
-        crops, others = (min(images * (1 + self.copies), most) for most in (MAX_CROPS, MAX_OTHERS))
-        return 3 * searches + again * (3 * self.layers * crops + 15 * others)
+        pool, fewer = (min(images * (1 + self.copies), most) for most in (MAX_POOL, FEWER))
+        return 3 * searches + again * (3 * self.layers * pool + 15 * fewer)
 
     def purify(
         self,
@@ -246,8 +246,10 @@ class TriggerRewriting:
         strengths = sorted(self.strengths)
 
         def results(part: Arsenal, strengths: Sequence[float]) -> list[nn.Module]:
-            stamped = examiner.stamp(made.to_rewrite_with, part)
-            pairs = Pairs(clean=made.to_rewrite_with, stamped=stamped)
+            clean = made.to_rewrite_with
+            if part.perturbations or part.warps:
+                clean = clean[: max(FEWER, len(work.images))]
+            pairs = Pairs(clean=clean, stamped=examiner.stamp(clean, part))
             run = _runner(work)
             return rewritten(work.model, run, pairs, layers, strengths=strengths, ridge=self.ridge)
 
@@ -282,15 +284,15 @@ class TriggerRewriting:
                 )
             return shifted(*given, copies=copies, flip=self.flip, generator=generator)
 
-        crops, labels = variants(AREA, MAX_CROPS if resized else MAX_OTHERS)
+        crops, labels = variants(AREA, MAX_POOL)
         pasted = some(crops, pasted_in_pairs(crops, generator), generator)
         mixed = some(pasted, mixed_in_pairs(pasted, generator), generator)
         return _Images(
             crops=laid_out(crops),
             labels=labels,
             to_rewrite_with=laid_out(mixed),
-            held_out=laid_out(mixed_in_pairs(variants(AREA, MAX_OTHERS)[0], generator)),
-            like_samples=laid_out(variants(LIKE_SAMPLES, MAX_OTHERS)[0]),
+            held_out=laid_out(mixed_in_pairs(variants(AREA, FEWER)[0], generator)),
+            like_samples=laid_out(variants(LIKE_SAMPLES, FEWER)[0]),
         )
 
 
