@@ -103,7 +103,7 @@ def _summary(
         "ASR after, mean / worst / spread %",
         "ACC lost, mean / worst / spread points",
         "RA after, mean %",
-        "seconds, median",
+        "seconds, median, and where",
     )
     lines = []
     for method in methods:
@@ -117,12 +117,16 @@ def _summary(
                 _spread(attacked, names, lambda row: 100 * row["asr_after"]),
                 _spread(own, names, lambda row: 100 * _lost(row)),
                 f"{100 * statistics.mean(row['ra_after'] for row in attacked):.1f}",
-                f"{statistics.median(row['seconds'] for row in own):.1f}",
+                f"{statistics.median(row['seconds'] for row in own):.1f} ({_devices(own)})",
             ]
         runs = len(names) * count
         missing = f" ({len(own)} of {runs} runs)" if 0 < len(own) < runs else ""
         lines.append([f"`{method}`{missing}", *cells])
     return markdown(head, lines)
+
+
+def _devices(rows: Sequence[Row]) -> str:
+    return ", ".join(sorted({row["device"] for row in rows}))
 
 
 def _spread(rows: Sequence[Row], names: Sequence[str], figure: Callable[[Row], float]) -> str:

@@ -19,6 +19,7 @@ def row(
     method: str = "awm",
     fidelity: float = 0.9,
     verdict: str | None = None,
+    device: str = "cpu",
 ) -> Row:
     """Return a row with one image per class; of a clean model where there is no ASR."""
     attacked = asr_after is not None
@@ -35,6 +36,7 @@ def row(
         "ra_after": 0.5 if attacked else None,
         "fidelity": fidelity,
         "seconds": 2.0,
+        "device": device,
         **({} if verdict is None else {"verdict": verdict}),
     }
 
@@ -140,3 +142,10 @@ def test_without_rows_of_auto_no_target_is_measured() -> None:
     """Unmeasured is none, never 0."""
     found = figures([row("CIFAR-10 BadNets", 0, 0.25)])
     assert all(found[name] is None for name in TARGETS)
+
+
+def test_seconds_name_the_devices_they_were_taken_on() -> None:
+    """Only those of one device compare."""
+    rows = [row("CIFAR-10 BadNets", 0, 0.25), row("CIFAR-10 BadNets", 1, 0.25, device="cuda")]
+    public = section(rows, "1 image per class**, public checkpoints")
+    assert any(line.endswith("| 2.0 (cpu, cuda) |") for line in public)
