@@ -55,7 +55,7 @@ EASY_FROM = 0.4  # index, from which on a fresh patch is unlearned as well
 HARDLY_LARGER = 1.5
 
 # What may be paid for what nothing that was found looks like: of the answers, so many; twice as many
-# where only a piece of the trigger was found, and none where all of it was.
+# where only a piece of the trigger was found.
 UNSEEN = 0.005
 
 SETTLED = 0.05  # residual, from which on a square is not all that there is
@@ -402,7 +402,7 @@ class Examiner:
             candidates: What unlearns more comes after what unlearns less.
         """
         weighed = list(candidates)
-        spent = 0.0 if self.exact is not None else UNSEEN * (1 + self.has_pieces)
+        spent = UNSEEN * (1 + self.has_pieces)
         while unsearched := [n for n in _leaders(weighed, spent) if not weighed[n].searched]:
             weighed[unsearched[0]] = self._searched(weighed[unsearched[0]])
         return weighed, weighed[_leaders(weighed, spent)[-1]]
