@@ -82,9 +82,10 @@ def test_signs_call_for_what_is_gathered(
     """Patches for who stands out by one or by nothing, warps for warps, perturbations for the rest."""
     monkeypatch.setattr(module, "STEPS", 3)
     gathered, ticks = gather(suspect(1, *signs))
-    assert ticks == 2 * 3
+    assert ticks == 3 * 3
     found = gathered.patches, gathered.perturbations, gathered.warps
     assert tuple(bool(kind) for kind in found) == kinds
+    assert bool(gathered.smooth) is (Sign.MARGIN in signs and Sign.SQUARE not in signs)
     assert calls_for_patch([suspect(1, *signs)], 1) is kinds[0]
     assert not calls_for_patch([suspect(1, *signs)], 2)
 
@@ -93,7 +94,8 @@ def test_perturbations_that_are_gathered_lead_to_their_class() -> None:
     """Suspects share the rows, and each row is small and works on images that it was not made on."""
     gathered, _ = gather(suspect(1, Sign.MARGIN), suspect(2, Sign.PATCH))
     assert [each.target for each in gathered.perturbations] == [1, 2] * 3
-    for each in gathered.perturbations:
+    assert [each.target for each in gathered.smooth] == [1] * 6
+    for each in (*gathered.perturbations, *gathered.smooth):
         assert math.isfinite(each.norm)
         answers = forward((IMAGES + 1.5 * each.shapes[0]).clamp(0, 1)).argmax(1)
         assert (answers == each.target).float().mean() > 0.8
@@ -102,12 +104,13 @@ def test_perturbations_that_are_gathered_lead_to_their_class() -> None:
 def test_a_part_is_held_back_of_every_class() -> None:
     """One in so many, and together they are all; what cannot be parted is on both sides."""
     shapes = [found(torch.full((1, 8, 8), float(row)), target=row % 2) for row in range(10)]
-    whole = Arsenal(patches=[patch(1)], perturbations=shapes, warps=shapes[:1])
+    whole = Arsenal(patches=[patch(1)], perturbations=shapes, smooth=shapes[:3], warps=shapes[:1])
     kept, held = whole.split(5)
     assert [each.target for each in held.perturbations] == [0, 1]
     assert len(kept.perturbations) == 8
     assert (len(kept.patches), len(held.patches)) == (1, 0)
     assert kept.warps == held.warps == shapes[:1]
+    assert (kept.smooth, held.smooth) == (shapes[:3], [])
 
 
 def test_images_take_the_kinds_in_turn() -> None:
