@@ -53,6 +53,11 @@ class Arsenal:
     smooth: Sequence[Found] = ()
     patch_turns: int = 1
 
+    @property
+    def gains_by_more_images(self) -> bool:
+        """Whether to rewrite with more is worth it; under warps or fine perturbations alone it is not."""
+        return bool(self.smooth) or not (self.perturbations or self.warps)
+
     @classmethod
     def gather(
         cls,

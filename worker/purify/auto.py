@@ -58,7 +58,7 @@ from worker.purify.weighing import UNCHANGED, Candidate, Unlearned
 from worker.purify.workpiece import Workpiece, laid_out, prepare, require, ticker
 
 MAX_POOL = 1_600  # images to rewrite with
-FEWER = 600  # under fine perturbations and warps alone, which do no better with more, and to try on
+FEWER = 600  # where more are not worth it, and to try results on
 MAX_POOL_VALUES = 2**26  # in a quarter of a gigabyte; there are seven tensors of this size
 NOTHING = Arsenal(patches=[], perturbations=[], warps=[])
 PARTS = 2  # of what was found: what may suffice, and everything
@@ -247,7 +247,7 @@ class TriggerRewriting:
 
         def results(part: Arsenal, strengths: Sequence[float]) -> list[nn.Module]:
             clean = made.to_rewrite_with
-            if (part.perturbations or part.warps) and not part.smooth:
+            if not part.gains_by_more_images:
                 clean = clean[: max(FEWER, len(work.images))]
             pairs = Pairs(clean=clean, stamped=examiner.stamp(clean, part))
             run = _runner(work)

@@ -113,6 +113,25 @@ def test_a_part_is_held_back_of_every_class() -> None:
     assert (kept.smooth, held.smooth) == (shapes[:3], [])
 
 
+@pytest.mark.parametrize(
+    ("kinds", "more"),
+    [
+        ((), True),
+        (("perturbations",), False),
+        (("warps",), False),
+        (("perturbations", "smooth"), True),
+    ],
+)
+def test_more_images_are_for_patches_and_smooth_perturbations(
+    kinds: tuple[str, ...], more: bool
+) -> None:
+    """Under the rest alone a change does no better with them."""
+    shape = [found(torch.zeros(1, 8, 8))]
+    part = Arsenal(patches=[patch(1)], perturbations=[], warps=[])
+    part = replace(part, **dict.fromkeys(kinds, shape))  # type: ignore[arg-type]
+    assert part.gains_by_more_images is more
+
+
 def test_images_take_the_kinds_in_turn() -> None:
     """Every image is under one, and the rest of it is as it was."""
     shift = torch.zeros(2, 8, 8)
@@ -143,6 +162,21 @@ def test_patches_take_two_turns_where_no_margin_speaks(
     stamped = one.stamp(forward, images, reach=0, generator=torch.Generator().manual_seed(0))
     changed = (stamped != images).flatten(2).sum(2)[:, 0]
     assert int((changed <= 4).sum()) == len(images) * of_three / 3
+
+
+def test_smooth_perturbations_take_their_turns_among_the_others() -> None:
+    """One of each kind: about half of the images are under either, at its size."""
+    both = Arsenal(
+        patches=[],
+        perturbations=[found(torch.full((1, 8, 8), 0.1))],
+        smooth=[found(torch.full((1, 8, 8), -0.1))],
+        warps=[],
+    )
+    grey = torch.full((200, 1, 8, 8), 0.5)
+    stamped = both.stamp(forward, grey, reach=0, generator=torch.Generator().manual_seed(0))
+    added = (stamped - grey).mean((1, 2, 3))
+    assert added.abs().min() >= 0.07 - 1e-6
+    assert 0.4 < float((added > 0).float().mean()) < 0.6
 
 
 def test_sizes_lie_about_what_was_found() -> None:

@@ -124,11 +124,11 @@ class Perturbations:
     @property
     def shapes(self) -> tuple[Tensor, ...]:
         """What is added."""
-        return (self.leaves[0].detach().clone(),)
+        return (self._added().detach().clone(),)
 
     def stamp(self, images: Tensor) -> Tensor:
         """Add, and clip to [0, 1]."""
-        return (images + self.leaves[0][:, None]).clamp(0.0, 1.0)
+        return (images + self._added()[:, None]).clamp(0.0, 1.0)
 
     def norms(self) -> Tensor:
         """Return the root of the sum of squares."""
@@ -138,20 +138,21 @@ class Perturbations:
         """Return the perturbations of these rows."""
         return Perturbations(self.leaves[0].detach()[rows])
 
+    def _added(self) -> Tensor:
+        return self.leaves[0]
 
-class SmoothPerturbations:
+
+class SmoothPerturbations(Perturbations):
     """
-    Add the lowest ``WAVES`` cosine waves along each side; the norm is L2.
+    Add the lowest ``WAVES`` cosine waves along each side.
 
     The smallest perturbation that leads to a class is mostly fine noise, and a trigger that covers the
     image, such as another picture or a wave, is not. What is optimised are the coefficients of the
-    orthonormal discrete cosine transform. Shapes are what is added ``(K, C, H, W)``.
+    orthonormal discrete cosine transform, so that their norm is that of what is added.
     """
 
-    rate, price = Perturbations.rate, Perturbations.price
-
     def __init__(self, coefficients: Tensor, size: tuple[int, int]) -> None:
-        self.leaves = (coefficients.requires_grad_(),)
+        super().__init__(coefficients)
         self._size = size
 
     @classmethod
@@ -161,19 +162,6 @@ class SmoothPerturbations:
         waves = min(WAVES, height), min(WAVES, width)
         faint = FAINT * _noise(generator, images, rows, channels, *waves)
         return cls(faint, (height, width))
-
-    @property
-    def shapes(self) -> tuple[Tensor, ...]:
-        """What is added."""
-        return (self._added().detach(),)
-
-    def stamp(self, images: Tensor) -> Tensor:
-        """Add, and clip to [0, 1]."""
-        return (images + self._added()[:, None]).clamp(0.0, 1.0)
-
-    def norms(self) -> Tensor:
-        """Return the root of the sum of squares."""
-        return _root(self.leaves[0].square().sum((1, 2, 3)))
 
     def narrow(self, rows: Tensor) -> "SmoothPerturbations":
         """Return the perturbations of these rows."""
