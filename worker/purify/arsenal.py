@@ -3,8 +3,8 @@ Stamp images with what was found of a backdoor, in as many forms as there are si
 
 A small patch, and a square, call for their variants (``variants``). Where a class can be driven far ahead
 of all others the trigger may cover the whole image, and what stands in for it are the smallest
-perturbations of every pixel that lead there, at about their size, with and without fine detail; where a
-slight warp leads there, such warps are.
+perturbations of every pixel that lead there, at about their size; where a slight warp leads there, such
+warps are.
 """
 
 import math
@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 
 from worker.purify.detection.evidence import Sign, Suspect
-from worker.purify.detection.families import (
-    Family,
-    Perturbations,
-    SmoothPerturbations,
-    Warps,
-    bend,
-)
+from worker.purify.detection.families import Family, Perturbations, Warps, bend
 from worker.purify.detection.inversion import Forward, Found, Inversion
 from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.purify.variants import stamp_variants
@@ -42,7 +36,6 @@ class Arsenal:
     Attributes:
         patches: Recovered, or found again on a result.
         perturbations: Of every pixel.
-        smooth: Perturbations without fine detail.
         warps: Smooth shifts.
         patch_turns: How many images patches get for each that another kind gets.
     """
@@ -50,13 +43,7 @@ class Arsenal:
     patches: Sequence[Trigger]
     perturbations: Sequence[Found]
     warps: Sequence[Found]
-    smooth: Sequence[Found] = ()
     patch_turns: int = 1
-
-    @property
-    def gains_by_more_images(self) -> bool:
-        """Whether to rewrite with more is worth it; under warps or fine perturbations alone it is not."""
-        return bool(self.smooth) or not (self.perturbations or self.warps)
 
     @classmethod
     def gather(
@@ -75,7 +62,7 @@ class Arsenal:
         Search what the signs of *suspects* call for, in ``TICKS`` ticks.
 
         Args:
-            at_once: Perturbations, as many smooth ones, and warps, to search.
+            at_once: Perturbations, and warps, to search.
             images: ``(N, C, H, W)``, all that there are.
             patches: Those of suspects that stand out by no other sign are kept as well, and what leads
                 elsewhere.
@@ -94,7 +81,6 @@ class Arsenal:
             found = inversion.found()
             return [each for each in found if math.isfinite(each.norm)] or found
 
-        margins = [each for each in suspects if Sign.MARGIN in each.signs]
         return cls(
             patches=[
                 each
@@ -105,25 +91,16 @@ class Arsenal:
                 [each.target for each in suspects if each.signs & {Sign.PATCH, Sign.MARGIN}],
                 lambda rows: Perturbations.start(images, rows, generator),
             ),
-            # Where a square speaks the trigger has edges.
-            smooth=find(
-                [each.target for each in margins if Sign.SQUARE not in each.signs],
-                lambda rows: SmoothPerturbations.start(images, rows, generator),
-            ),
             warps=find(
                 [each.target for each in suspects if Sign.WARP in each.signs],
                 lambda rows: Warps.start(images, rows, generator),
             ),
             # Perturbations cost accuracy, and where no margin speaks the trigger is hardly one.
-            patch_turns=1 if margins else PATCH_TURNS,
+            patch_turns=1 if any(Sign.MARGIN in each.signs for each in suspects) else PATCH_TURNS,
         )
 
     def split(self, one_in: int) -> tuple["Arsenal", "Arsenal"]:
-        """
-        Return this without every so-manieth perturbation and warp of each class, and these alone.
-
-        The smooth ones all stay.
-        """
+        """Return this without every so-manieth perturbation and warp of each class, and these alone."""
 
         def parts(found: Sequence[Found]) -> tuple[list[Found], list[Found]]:
             # Rows take the classes in turn.
@@ -140,7 +117,7 @@ class Arsenal:
         (perturbations, others), (warps, other_warps) = parts(self.perturbations), parts(self.warps)
         return (
             replace(self, perturbations=perturbations, warps=warps),
-            replace(self, patches=[], perturbations=others, smooth=[], warps=other_warps),
+            replace(self, patches=[], perturbations=others, warps=other_warps),
         )
 
     def stamp(
@@ -160,8 +137,8 @@ class Arsenal:
                     forward, part, self.patches, reach=reach, generator=generator
                 )
             ] * self.patch_turns
-        if added := [*self.perturbations, *self.smooth]:
-            kinds.append(lambda part: perturbed(part, added, generator))
+        if self.perturbations:
+            kinds.append(lambda part: perturbed(part, self.perturbations, generator))
         if self.warps:
             kinds.append(lambda part: warped(part, self.warps, generator))
         stamped = torch.empty_like(images)
@@ -170,7 +147,7 @@ class Arsenal:
         return stamped
 
 
-TICKS = 3 * STEPS
+TICKS = 2 * STEPS
 
 
 def calls_for_patch(suspects: Sequence[Suspect], target: int) -> bool:

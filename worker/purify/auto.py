@@ -58,7 +58,7 @@ from worker.purify.weighing import UNCHANGED, Candidate, Unlearned
 from worker.purify.workpiece import Workpiece, laid_out, prepare, require, ticker
 
 MAX_POOL = 1_600  # images to rewrite with
-FEWER = 600  # where more are not worth it, and to try results on
+FEWER = 600  # under perturbations and warps, which do no better with more, and to try results on
 MAX_POOL_VALUES = 2**26  # in a quarter of a gigabyte; there are seven tensors of this size
 NOTHING = Arsenal(patches=[], perturbations=[], warps=[])
 PARTS = 2  # of what was found: what may suffice, and everything
@@ -144,7 +144,7 @@ class TriggerRewriting:
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
         searches += margins.GLANCE_STEPS * margins.AT_ONCE
         searches += (grid.TRIED + scattering.TRIED) // 3  # these have no backward pass
-        searches += 2 * (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
+        searches += (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool, fewer = (min(images * (1 + self.copies), most) for most in (MAX_POOL, FEWER))
         return 3 * searches + again * (3 * self.layers * pool + 15 * fewer)
@@ -247,7 +247,7 @@ class TriggerRewriting:
 
         def results(part: Arsenal, strengths: Sequence[float]) -> list[nn.Module]:
             clean = made.to_rewrite_with
-            if not part.gains_by_more_images:
+            if part.perturbations or part.warps:
                 clean = clean[: max(FEWER, len(work.images))]
             pairs = Pairs(clean=clean, stamped=examiner.stamp(clean, part))
             run = _runner(work)

@@ -16,7 +16,6 @@ from torch.nn import functional
 
 SPREAD = 0.5  # of the random starts of masks, in logits
 FAINT = 0.01  # of the random starts of perturbations
-WAVES = 8  # of a smooth perturbation along each side
 CELLS = 5  # control points of a warp along each side
 BENT = 0.1  # of the random starts of warps, in pixels
 
@@ -124,11 +123,11 @@ class Perturbations:
     @property
     def shapes(self) -> tuple[Tensor, ...]:
         """What is added."""
-        return (self._added().detach().clone(),)
+        return (self.leaves[0].detach().clone(),)
 
     def stamp(self, images: Tensor) -> Tensor:
         """Add, and clip to [0, 1]."""
-        return (images + self._added()[:, None]).clamp(0.0, 1.0)
+        return (images + self.leaves[0][:, None]).clamp(0.0, 1.0)
 
     def norms(self) -> Tensor:
         """Return the root of the sum of squares."""
@@ -137,51 +136,6 @@ class Perturbations:
     def narrow(self, rows: Tensor) -> "Perturbations":
         """Return the perturbations of these rows."""
         return Perturbations(self.leaves[0].detach()[rows])
-
-    def _added(self) -> Tensor:
-        return self.leaves[0]
-
-
-class SmoothPerturbations(Perturbations):
-    """
-    Add the lowest ``WAVES`` cosine waves along each side.
-
-    The smallest perturbation that leads to a class is mostly fine noise, and a trigger that covers the
-    image, such as another picture or a wave, is not. What is optimised are the coefficients of the
-    orthonormal discrete cosine transform, so that their norm is that of what is added.
-    """
-
-    def __init__(self, coefficients: Tensor, size: tuple[int, int]) -> None:
-        super().__init__(coefficients)
-        self._size = size
-
-    @classmethod
-    def start(cls, images: Tensor, rows: int, generator: torch.Generator) -> "SmoothPerturbations":
-        """Return faint random perturbations for *images*."""
-        channels, height, width = images.shape[1:]
-        waves = min(WAVES, height), min(WAVES, width)
-        faint = FAINT * _noise(generator, images, rows, channels, *waves)
-        return cls(faint, (height, width))
-
-    def narrow(self, rows: Tensor) -> "SmoothPerturbations":
-        """Return the perturbations of these rows."""
-        return SmoothPerturbations(self.leaves[0].detach()[rows], self._size)
-
-    def _added(self) -> Tensor:
-        (coefficients,) = self.leaves
-        down, across = (
-            _cosines(size, waves).to(coefficients)
-            for size, waves in zip(self._size, coefficients.shape[2:], strict=True)
-        )
-        return down.T @ coefficients @ across
-
-
-def _cosines(size: int, waves: int) -> Tensor:
-    """Return the lowest *waves* of *size* pixels, orthonormal ``(waves, size)``."""
-    pixels, half_turns = torch.arange(size) + 0.5, torch.arange(waves)[:, None]
-    cosines = (math.pi / size * half_turns * pixels).cos() * math.sqrt(2 / size)
-    cosines[0] /= math.sqrt(2)
-    return cosines
 
 
 class Warps:

@@ -6,15 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.purify.detection.families import (
-    WAVES,
-    Family,
-    Patches,
-    Perturbations,
-    SmoothPerturbations,
-    Warps,
-    bend,
-)
+from worker.purify.detection.families import Family, Patches, Perturbations, Warps, bend
 
 ROWS, COUNT = 3, 4
 # Neither square nor of one channel, so that no two axes can be mixed up.
@@ -24,7 +16,6 @@ STACKED = torch.rand(ROWS, COUNT, 3, 12, 9, generator=torch.Generator().manual_s
 START: dict[str, Callable[[torch.Generator], Family]] = {
     "patches": lambda generator: Patches.start(IMAGES, [0.0, -2.0, 1.0], generator),
     "perturbations": lambda generator: Perturbations.start(IMAGES, ROWS, generator),
-    "smooth perturbations": lambda generator: SmoothPerturbations.start(IMAGES, ROWS, generator),
     "warps": lambda generator: Warps.start(IMAGES, ROWS, generator),
 }
 every_family = pytest.mark.parametrize("name", START)
@@ -122,8 +113,6 @@ def test_triggers_are_of_the_images_type(name: str, dtype: torch.dtype) -> None:
             family = Patches.start(images, [0.0] * ROWS, generator)
         case "perturbations":
             family = Perturbations.start(images, ROWS, generator)
-        case "smooth perturbations":
-            family = SmoothPerturbations.start(images, ROWS, generator)
         case _:
             family = Warps.start(images, ROWS, generator)
     for tensor in (family.stamp(STACKED.to(dtype)), family.norms(), *family.shapes):
@@ -165,41 +154,6 @@ def test_a_perturbation_is_added_and_clipped_and_its_norm_is_euclids() -> None:
     torch.testing.assert_close(family.norms().detach(), torch.tensor([0.5, 0.0]))
     (gradient,) = torch.autograd.grad(family.norms().sum(), family.leaves)
     assert bool(gradient.isfinite().all())
-
-
-@pytest.mark.parametrize("axis", [-2, -1])
-def test_a_smooth_perturbation_has_low_waves_alone(axis: int) -> None:
-    """As its mirrored spectrum shows, which is that of the cosines; an ordinary one has others too."""
-
-    def above(family: Family) -> Tensor:
-        (shape,) = family.shapes
-        mirrored = torch.cat([shape, shape.flip(axis)], dim=axis)
-        waves: Tensor = torch.fft.fft(mirrored, dim=axis).abs()
-        return waves.narrow(axis, WAVES, shape.shape[axis] - WAVES)
-
-    assert above(start("smooth perturbations")).max() < 1e-5
-    assert above(start("perturbations")).max() > 1e-2
-
-
-def test_a_smooth_perturbation_is_added_and_its_norm_is_euclids() -> None:
-    """Its numbers are as large as what they add; the first one alone is a grey."""
-    family = start("smooth perturbations")
-    (added,) = family.shapes
-    torch.testing.assert_close(family.norms(), added.square().sum((1, 2, 3)).sqrt())
-    torch.testing.assert_close(family.stamp(STACKED), (STACKED + added[:, None]).clamp(0, 1))
-    grey = torch.zeros(1, 3, WAVES, WAVES)
-    grey[0, 1, 0, 0] = 1.0
-    (shape,) = SmoothPerturbations(grey, (12, 9)).shapes
-    expected = torch.zeros(1, 3, 12, 9)
-    expected[0, 1] = 108**-0.5
-    torch.testing.assert_close(shape, expected)
-
-
-def test_images_of_few_pixels_have_as_many_waves() -> None:
-    """An image of four pixels a side has no eight waves."""
-    few = SmoothPerturbations.start(IMAGES[..., :4, :6], ROWS, torch.Generator().manual_seed(0))
-    assert few.leaves[0].shape == (ROWS, 3, 4, 6)
-    assert few.shapes[0].shape == (ROWS, 3, 4, 6)
 
 
 def test_a_warp_of_nothing_is_the_identity() -> None:
