@@ -88,7 +88,11 @@ class Arsenal:
                 if each.target == ELSEWHERE or calls_for_patch(suspects, each.target)
             ],
             perturbations=find(
-                [each.target for each in suspects if each.signs & {Sign.PATCH, Sign.MARGIN}],
+                [
+                    each.target
+                    for each in suspects
+                    if Sign.MARGIN in each.signs or (each.signs and each.by_patch)
+                ],
                 lambda rows: Perturbations.start(images, rows, generator),
             ),
             warps=find(
@@ -153,8 +157,7 @@ TICKS = 2 * STEPS
 def calls_for_patch(suspects: Sequence[Suspect], target: int) -> bool:
     """Whether *target* is one to which patches are unlearned: it stands out by them, or by nothing."""
     return any(
-        each.target == target and (each.signs & {Sign.SQUARE, Sign.PATCH} or not each.signs)
-        for each in suspects
+        each.target == target and (Sign.SQUARE in each.signs or each.by_patch) for each in suspects
     )
 
 

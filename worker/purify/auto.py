@@ -170,7 +170,7 @@ class TriggerRewriting:
         ``cuts``, from which indices on a class stands out; ``scattering``, to how many classes one square
         leads, and which share of the images; ``suspects``, and by which ``signs``; ``candidates``, with
         the one that was chosen. ``triggers`` are the patches and squares that were unlearned, or would
-        be.
+        be, and patches that a warp comes with.
 
         The work is done on the device of the model, in float64 for float64 images and in float32
         otherwise. Torch's global generator is neither used nor changed.
@@ -230,7 +230,7 @@ class TriggerRewriting:
                 },
                 "candidates": [_described(each, chosen) for each in candidates],
             },
-            triggers=tuple(known.patches),
+            triggers=(*known.patches, *examiner.by_products),
             candidates=tuple(candidate.values for candidate in candidates),
             computed_in=examiner.computed_in,
         )

@@ -215,7 +215,10 @@ class Examiner:
     @property
     def is_local(self) -> bool:
         """Whether all that was found lies in one place of the image."""
-        return all(calls_for_patch(self.suspects, each.target) for each in self.suspects)
+        return all(
+            calls_for_patch(self.suspects, each.target) and Sign.WARP not in each.signs
+            for each in self.suspects
+        )
 
     @property
     def exact(self) -> Arsenal | None:
@@ -242,6 +245,15 @@ class Examiner:
         """Whether squares lead to suspects that are not the trigger."""
         return self.exact is None and any(Sign.SQUARE in each.signs for each in self.suspects)
 
+    @property
+    def by_products(self) -> list[Trigger]:
+        """Return the patches that led to suspects where a slight warp does: seen, and not unlearned."""
+        return [
+            self.evidence.field.triggers[each.target]
+            for each in self.suspects
+            if Sign.PATCH in each.signs and not each.by_patch
+        ]
+
     def gather(self, images: Tensor, labels: Tensor) -> tuple[Arsenal, Arsenal]:
         """Return what leads to the suspects, found on *images*: to unlearn, and to try results on."""
         squares_found = [
@@ -250,9 +262,7 @@ class Examiner:
             if Sign.SQUARE in each.signs
         ]
         patches = [
-            self.evidence.field.triggers[each.target]
-            for each in self.suspects
-            if Sign.PATCH in each.signs or not each.signs
+            self.evidence.field.triggers[each.target] for each in self.suspects if each.by_patch
         ]
         found = Arsenal.gather(
             self._original,
@@ -417,10 +427,7 @@ class Examiner:
         result = copy.deepcopy(self._work.model)
         result.load_state_dict(candidate.values, strict=False)
         left = [candidate.residual, *(each.success for each in self._squares_left(result))]
-        small = [
-            each.target for each in self.suspects if Sign.PATCH in each.signs or not each.signs
-        ]
-        for patch in self._afresh(result, small):
+        for patch in self._afresh(result, [each.target for each in self.suspects if each.by_patch]):
             first = self.evidence.index(Sign.PATCH, patch.target)
             if first > 0:
                 left.append(self._index(patch) / first)

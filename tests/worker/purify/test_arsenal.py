@@ -71,7 +71,9 @@ def gather(*suspects: Suspect, at_once: int = 6) -> tuple[Arsenal, int]:
         ((Sign.PATCH,), (True, True, False)),
         ((Sign.MARGIN,), (False, True, False)),
         ((Sign.WARP,), (False, False, True)),
-        ((Sign.PATCH, Sign.WARP), (True, True, True)),
+        ((Sign.PATCH, Sign.WARP), (False, False, True)),
+        ((Sign.MARGIN, Sign.WARP), (False, True, True)),
+        ((Sign.SQUARE, Sign.WARP), (True, False, True)),
         ((Sign.SQUARE,), (True, False, False)),
         ((Sign.SQUARE, Sign.MARGIN), (True, True, False)),
     ],
@@ -79,7 +81,11 @@ def gather(*suspects: Suspect, at_once: int = 6) -> tuple[Arsenal, int]:
 def test_signs_call_for_what_is_gathered(
     signs: tuple[Sign, ...], kinds: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Patches for who stands out by one or by nothing, warps for warps, perturbations for the rest."""
+    """
+    Patches for who stands out by one or by nothing, warps for warps, perturbations for the rest.
+
+    A patch says nothing where a warp leads there.
+    """
     monkeypatch.setattr(module, "STEPS", 3)
     gathered, ticks = gather(suspect(1, *signs))
     assert ticks == 2 * 3

@@ -104,6 +104,38 @@ def test_a_square_that_is_the_trigger_is_unlearned_alone() -> None:
     assert found.exact is None
 
 
+@pytest.mark.parametrize(
+    ("signs", "local"),
+    [
+        ((), True),
+        ((Sign.PATCH, Sign.MARGIN), True),
+        ((Sign.MARGIN,), False),
+        ((Sign.PATCH, Sign.WARP), False),
+        ((Sign.SQUARE, Sign.WARP), False),
+    ],
+)
+def test_what_bends_the_image_is_not_in_one_place(signs: tuple[Sign, ...], local: bool) -> None:
+    """Whatever else its class stands out by."""
+    found = examiner()
+    found.suspects = [Suspect(target=PLANTED, signs=frozenset(signs))]
+    assert found.is_local is local
+
+
+def test_a_patch_beside_a_warp_is_seen_and_not_unlearned() -> None:
+    """It shows whether the result still answers to it; any other patch is unlearned."""
+    found = examiner()
+    for signs, seen in (
+        ({Sign.PATCH, Sign.WARP}, True),
+        ({Sign.PATCH}, False),
+        ({Sign.WARP}, False),
+    ):
+        found.suspects = [Suspect(target=PLANTED, signs=frozenset(signs))]
+        patch = found.evidence.field.triggers[PLANTED]
+        assert found.by_products == ([patch] if seen else [])
+        known, _ = found.gather(IMAGES, LABELS)
+        assert (patch in known.patches) is (signs == {Sign.PATCH})
+
+
 def test_what_scatters_is_unlearned_with_squares_that_are_triggers() -> None:
     """A model may have an attack on every class and another one on one; a piece is neither."""
     found = examiner()

@@ -151,6 +151,15 @@ class Suspect:
     target: int
     signs: frozenset[Sign]
 
+    @property
+    def by_patch(self) -> bool:
+        """
+        Whether it is the smallest patch that leads there, for want of anything else if it has no sign.
+
+        Where a slight warp does, a small patch is a by-product of the same trigger.
+        """
+        return not self.signs or (Sign.PATCH in self.signs and Sign.WARP not in self.signs)
+
 
 def anomaly_index(trigger: Trigger, field: Field) -> float:
     """Return how often the norm of an ordinary class must be halved to come to the trigger's."""
