@@ -199,6 +199,20 @@ CALIBRATION = {
         target=1,
         stamp=Watermark(seed=25, strength=100),
     ),
+    "ResNet CIFAR fine waves": Recipe(
+        images=CIFAR,
+        architecture=RESNET,
+        seed=26,
+        target=4,
+        stamp=Waves(amplitude=20, periods=11),
+    ),
+    "ResNet CIFAR blended": Recipe(
+        images=CIFAR,
+        architecture=RESNET,
+        seed=27,
+        target=6,
+        stamp=Blend(seed=27, share=0.2),
+    ),
 }
 TEST = {
     "ResNet-18 blended": Recipe(
