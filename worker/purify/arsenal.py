@@ -3,8 +3,8 @@ Stamp images with what was found of a backdoor, in as many forms as there are si
 
 A small patch, and a square, call for their variants (``variants``). Where a class can be driven far ahead
 of all others the trigger may cover the whole image, and what stands in for it are the smallest
-perturbations of every pixel that lead there, at about their size; where a slight warp leads there, such
-warps are.
+perturbations of every pixel that lead there, and others that are few waves, at about their size; where a
+slight warp leads there, such warps are.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from worker.purify.detection.evidence import Sign, Suspect
-from worker.purify.detection.families import Family, Perturbations, Warps, bend
+from worker.purify.detection.families import Family, Perturbations, Warps, Waves, bend
 from worker.purify.detection.inversion import Forward, Found, Inversion
 from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.purify.variants import stamp_variants
@@ -36,6 +36,7 @@ class Arsenal:
     Attributes:
         patches: Recovered, or found again on a result.
         perturbations: Of every pixel.
+        waves: Perturbations that are few waves.
         warps: Smooth shifts.
         patch_turns: How many images patches get for each that another kind gets.
     """
@@ -43,6 +44,7 @@ class Arsenal:
     patches: Sequence[Trigger]
     perturbations: Sequence[Found]
     warps: Sequence[Found]
+    waves: Sequence[Found] = ()
     patch_turns: int = 1
 
     @classmethod
@@ -62,7 +64,7 @@ class Arsenal:
         Search what the signs of *suspects* call for, in ``TICKS`` ticks.
 
         Args:
-            at_once: Perturbations, and warps, to search.
+            at_once: Perturbations, as many that are few waves, and warps, to search.
             images: ``(N, C, H, W)``, all that there are.
             patches: Those of suspects that stand out by no other sign are kept as well, and what leads
                 elsewhere.
@@ -81,6 +83,7 @@ class Arsenal:
             found = inversion.found()
             return [each for each in found if math.isfinite(each.norm)] or found
 
+        margins = [each for each in suspects if Sign.MARGIN in each.signs]
         return cls(
             patches=[
                 each
@@ -95,16 +98,25 @@ class Arsenal:
                 ],
                 lambda rows: Perturbations.start(images, rows, generator),
             ),
+            # Where a patch or a square leads there the trigger is no wave.
+            waves=find(
+                [each.target for each in margins if not calls_for_patch(suspects, each.target)],
+                lambda rows: Waves.start(images, rows, generator),
+            ),
             warps=find(
                 [each.target for each in suspects if Sign.WARP in each.signs],
                 lambda rows: Warps.start(images, rows, generator),
             ),
             # Perturbations cost accuracy, and where no margin speaks the trigger is hardly one.
-            patch_turns=1 if any(Sign.MARGIN in each.signs for each in suspects) else PATCH_TURNS,
+            patch_turns=1 if margins else PATCH_TURNS,
         )
 
     def split(self, one_in: int) -> tuple["Arsenal", "Arsenal"]:
-        """Return this without every so-manieth perturbation and warp of each class, and these alone."""
+        """
+        Return this without every so-manieth perturbation and warp of each class, and these alone.
+
+        What is few waves all stays.
+        """
 
         def parts(found: Sequence[Found]) -> tuple[list[Found], list[Found]]:
             # Rows take the classes in turn.
@@ -121,7 +133,7 @@ class Arsenal:
         (perturbations, others), (warps, other_warps) = parts(self.perturbations), parts(self.warps)
         return (
             replace(self, perturbations=perturbations, warps=warps),
-            replace(self, patches=[], perturbations=others, warps=other_warps),
+            replace(self, patches=[], perturbations=others, waves=[], warps=other_warps),
         )
 
     def stamp(
@@ -141,8 +153,8 @@ class Arsenal:
                     forward, part, self.patches, reach=reach, generator=generator
                 )
             ] * self.patch_turns
-        if self.perturbations:
-            kinds.append(lambda part: perturbed(part, self.perturbations, generator))
+        if added := [*self.perturbations, *self.waves]:
+            kinds.append(lambda part: perturbed(part, added, generator))
         if self.warps:
             kinds.append(lambda part: warped(part, self.warps, generator))
         stamped = torch.empty_like(images)
@@ -151,7 +163,7 @@ class Arsenal:
         return stamped
 
 
-TICKS = 2 * STEPS
+TICKS = 3 * STEPS
 
 
 def calls_for_patch(suspects: Sequence[Suspect], target: int) -> bool:

@@ -60,7 +60,7 @@ UNSEEN = 0.005
 
 SETTLED = 0.05  # residual, from which on a square is not all that there is
 
-AT_ONCE, HELD_OUT_ONE_IN = 20, 5  # perturbations and warps, on the original
+AT_ONCE, HELD_OUT_ONE_IN = 20, 5  # perturbations of a kind and warps, on the original
 AT_ONCE_AGAIN = 8  # on a result
 PROBE_IMAGES = 8
 SHIFTED, OF = 200, 20  # shifted samples, of so many at most, to see whether a patch carries over
@@ -303,6 +303,7 @@ class Examiner:
             arsenal,
             patches=[*arsenal.patches, *again.patches],
             perturbations=_with_small_ones(arsenal.perturbations, again.perturbations),
+            waves=_with_small_ones(arsenal.waves, again.waves),
             warps=_with_small_ones(arsenal.warps, again.warps),
         )
 

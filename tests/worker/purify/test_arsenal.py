@@ -73,6 +73,7 @@ def gather(*suspects: Suspect, at_once: int = 6) -> tuple[Arsenal, int]:
         ((Sign.WARP,), (False, False, True)),
         ((Sign.PATCH, Sign.WARP), (False, False, True)),
         ((Sign.MARGIN, Sign.WARP), (False, True, True)),
+        ((Sign.MARGIN, Sign.PATCH), (True, True, False)),
         ((Sign.SQUARE, Sign.WARP), (True, False, True)),
         ((Sign.SQUARE,), (True, False, False)),
         ((Sign.SQUARE, Sign.MARGIN), (True, True, False)),
@@ -88,9 +89,10 @@ def test_signs_call_for_what_is_gathered(
     """
     monkeypatch.setattr(module, "STEPS", 3)
     gathered, ticks = gather(suspect(1, *signs))
-    assert ticks == 2 * 3
+    assert ticks == 3 * 3
     found = gathered.patches, gathered.perturbations, gathered.warps
     assert tuple(bool(kind) for kind in found) == kinds
+    assert bool(gathered.waves) is (Sign.MARGIN in signs and not kinds[0])
     assert calls_for_patch([suspect(1, *signs)], 1) is kinds[0]
     assert not calls_for_patch([suspect(1, *signs)], 2)
 
@@ -99,7 +101,8 @@ def test_perturbations_that_are_gathered_lead_to_their_class() -> None:
     """Suspects share the rows, and each row is small and works on images that it was not made on."""
     gathered, _ = gather(suspect(1, Sign.MARGIN), suspect(2, Sign.PATCH))
     assert [each.target for each in gathered.perturbations] == [1, 2] * 3
-    for each in gathered.perturbations:
+    assert [each.target for each in gathered.waves] == [1] * 6
+    for each in (*gathered.perturbations, *gathered.waves):
         assert math.isfinite(each.norm)
         answers = forward((IMAGES + 1.5 * each.shapes[0]).clamp(0, 1)).argmax(1)
         assert (answers == each.target).float().mean() > 0.8
@@ -108,12 +111,13 @@ def test_perturbations_that_are_gathered_lead_to_their_class() -> None:
 def test_a_part_is_held_back_of_every_class() -> None:
     """One in so many, and together they are all; what cannot be parted is on both sides."""
     shapes = [found(torch.full((1, 8, 8), float(row)), target=row % 2) for row in range(10)]
-    whole = Arsenal(patches=[patch(1)], perturbations=shapes, warps=shapes[:1])
+    whole = Arsenal(patches=[patch(1)], perturbations=shapes, waves=shapes[:3], warps=shapes[:1])
     kept, held = whole.split(5)
     assert [each.target for each in held.perturbations] == [0, 1]
     assert len(kept.perturbations) == 8
     assert (len(kept.patches), len(held.patches)) == (1, 0)
     assert kept.warps == held.warps == shapes[:1]
+    assert (kept.waves, held.waves) == (shapes[:3], [])
 
 
 def test_images_take_the_kinds_in_turn() -> None:
@@ -146,6 +150,21 @@ def test_patches_take_two_turns_where_no_margin_speaks(
     stamped = one.stamp(forward, images, reach=0, generator=torch.Generator().manual_seed(0))
     changed = (stamped != images).flatten(2).sum(2)[:, 0]
     assert int((changed <= 4).sum()) == len(images) * of_three / 3
+
+
+def test_waves_take_their_turns_among_the_others() -> None:
+    """One of each kind: about half of the images are under either, at its size."""
+    both = Arsenal(
+        patches=[],
+        perturbations=[found(torch.full((1, 8, 8), 0.1))],
+        waves=[found(torch.full((1, 8, 8), -0.1))],
+        warps=[],
+    )
+    grey = torch.full((200, 1, 8, 8), 0.5)
+    stamped = both.stamp(forward, grey, reach=0, generator=torch.Generator().manual_seed(0))
+    added = (stamped - grey).mean((1, 2, 3))
+    assert added.abs().min() >= 0.07 - 1e-6
+    assert 0.4 < float((added > 0).float().mean()) < 0.6
 
 
 def test_sizes_lie_about_what_was_found() -> None:

@@ -123,11 +123,11 @@ class Perturbations:
     @property
     def shapes(self) -> tuple[Tensor, ...]:
         """What is added."""
-        return (self.leaves[0].detach().clone(),)
+        return (self._added().detach().clone(),)
 
     def stamp(self, images: Tensor) -> Tensor:
         """Add, and clip to [0, 1]."""
-        return (images + self.leaves[0][:, None]).clamp(0.0, 1.0)
+        return (images + self._added()[:, None]).clamp(0.0, 1.0)
 
     def norms(self) -> Tensor:
         """Return the root of the sum of squares."""
@@ -136,6 +136,48 @@ class Perturbations:
     def narrow(self, rows: Tensor) -> "Perturbations":
         """Return the perturbations of these rows."""
         return Perturbations(self.leaves[0].detach()[rows])
+
+    def _added(self) -> Tensor:
+        return self.leaves[0]
+
+
+class Waves(Perturbations):
+    """
+    Add few waves, whatever their frequencies; the norm is the L1 norm of the coefficients.
+
+    The smallest perturbation that leads to a class is mostly noise, and a trigger that covers the image
+    often is not: the coefficients of the orthonormal discrete cosine transform, which are what is
+    optimised, are few where they are small in L1 (Tibshirani, "Regression Shrinkage and Selection via the
+    Lasso", J. R. Stat. Soc. B 1996).
+    """
+
+    price = 0.005
+
+    @classmethod
+    def start(cls, images: Tensor, rows: int, generator: torch.Generator) -> "Waves":
+        """Return faint random waves for *images*."""
+        return cls(FAINT * _noise(generator, images, rows, *images.shape[1:]))
+
+    def norms(self) -> Tensor:
+        """Return the sum of the coefficients, without their signs."""
+        return self.leaves[0].abs().sum((1, 2, 3))
+
+    def narrow(self, rows: Tensor) -> "Waves":
+        """Return the waves of these rows."""
+        return Waves(self.leaves[0].detach()[rows])
+
+    def _added(self) -> Tensor:
+        (coefficients,) = self.leaves
+        down, across = (_cosines(size).to(coefficients) for size in coefficients.shape[2:])
+        return down.T @ coefficients @ across
+
+
+def _cosines(size: int) -> Tensor:
+    """Return the cosine waves of *size* pixels, orthonormal, the slowest first ``(size, size)``."""
+    pixels, half_turns = torch.arange(size) + 0.5, torch.arange(size)[:, None]
+    cosines = (math.pi / size * half_turns * pixels).cos() * math.sqrt(2 / size)
+    cosines[0] /= math.sqrt(2)
+    return cosines
 
 
 class Warps:

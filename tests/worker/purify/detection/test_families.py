@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.purify.detection.families import Family, Patches, Perturbations, Warps, bend
+from worker.purify.detection.families import Family, Patches, Perturbations, Warps, Waves, bend
 
 ROWS, COUNT = 3, 4
 # Neither square nor of one channel, so that no two axes can be mixed up.
@@ -16,6 +16,7 @@ STACKED = torch.rand(ROWS, COUNT, 3, 12, 9, generator=torch.Generator().manual_s
 START: dict[str, Callable[[torch.Generator], Family]] = {
     "patches": lambda generator: Patches.start(IMAGES, [0.0, -2.0, 1.0], generator),
     "perturbations": lambda generator: Perturbations.start(IMAGES, ROWS, generator),
+    "waves": lambda generator: Waves.start(IMAGES, ROWS, generator),
     "warps": lambda generator: Warps.start(IMAGES, ROWS, generator),
 }
 every_family = pytest.mark.parametrize("name", START)
@@ -113,6 +114,8 @@ def test_triggers_are_of_the_images_type(name: str, dtype: torch.dtype) -> None:
             family = Patches.start(images, [0.0] * ROWS, generator)
         case "perturbations":
             family = Perturbations.start(images, ROWS, generator)
+        case "waves":
+            family = Waves.start(images, ROWS, generator)
         case _:
             family = Warps.start(images, ROWS, generator)
     for tensor in (family.stamp(STACKED.to(dtype)), family.norms(), *family.shapes):
@@ -154,6 +157,37 @@ def test_a_perturbation_is_added_and_clipped_and_its_norm_is_euclids() -> None:
     torch.testing.assert_close(family.norms().detach(), torch.tensor([0.5, 0.0]))
     (gradient,) = torch.autograd.grad(family.norms().sum(), family.leaves)
     assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_each_coefficient_is_a_wave_of_its_own(axis: int) -> None:
+    """One of as many half turns as its place says, as long as any other and at right angles to it."""
+    size = (3, 12, 9)[axis]
+    coefficients = torch.zeros(size, 3, 12, 9)
+    for row in range(size):
+        coefficients[row, 1].select(axis, row).select(0, 0).fill_(1.0)
+    (shapes,) = Waves(coefficients).shapes
+    along = shapes[:, 1].select(-3 - axis, 0)  # the other one, (size, size)
+    turns = (along[:, 1:].sign() != along[:, :-1].sign()).sum(1)
+    assert turns.tolist() == list(range(size))
+    flat = shapes.flatten(1)
+    torch.testing.assert_close(flat @ flat.T, torch.eye(size))
+    assert not bool(shapes[:, [0, 2]].any())
+
+
+def test_waves_are_added_and_clipped_and_their_norm_is_the_sum_of_the_coefficients() -> None:
+    """Whatever their signs, and with a gradient that is a number where there are none."""
+    family = start("waves")
+    (added,) = family.shapes
+    torch.testing.assert_close(family.stamp(STACKED), (STACKED + added[:, None]).clamp(0, 1))
+    coefficients = torch.zeros(1, 3, 12, 9)
+    coefficients[0, 0, 3, 2], coefficients[0, 2, 11, 8] = 2.0, -0.5
+    few = Waves(coefficients)
+    assert few.norms().tolist() == [2.5]
+    (gradient,) = torch.autograd.grad(few.norms().sum(), few.leaves)
+    assert gradient[0, 0, 3, 2] == 1
+    assert gradient[0, 2, 11, 8] == -1
+    assert gradient.count_nonzero() == 2
 
 
 def test_a_warp_of_nothing_is_the_identity() -> None:
