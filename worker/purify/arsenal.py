@@ -3,8 +3,8 @@ Stamp images with what was found of a backdoor, in as many forms as there are si
 
 A small patch, and a square, call for their variants (``variants``). Where a class can be driven far ahead
 of all others the trigger may cover the whole image, and what stands in for it are the smallest
-perturbations of every pixel that lead there, and others that are few waves, at about their size; where a
-slight warp leads there, such warps are.
+perturbations of every pixel that lead there, at about their size, or the fewest waves if no patch does;
+where a slight warp leads there, such warps are.
 """
 
 import math
@@ -64,7 +64,7 @@ class Arsenal:
         Search what the signs of *suspects* call for, in ``TICKS`` ticks.
 
         Args:
-            at_once: Perturbations, as many that are few waves, and warps, to search.
+            at_once: Perturbations, waves, and warps, to search.
             images: ``(N, C, H, W)``, all that there are.
             patches: Those of suspects that stand out by no other sign are kept as well, and what leads
                 elsewhere.
@@ -94,11 +94,11 @@ class Arsenal:
                 [
                     each.target
                     for each in suspects
-                    if Sign.MARGIN in each.signs or (each.signs and each.by_patch)
+                    if each.signs & {Sign.PATCH, Sign.MARGIN}
+                    and calls_for_patch(suspects, each.target)
                 ],
                 lambda rows: Perturbations.start(images, rows, generator),
             ),
-            # Where a patch or a square leads there the trigger is no wave.
             waves=find(
                 [each.target for each in margins if not calls_for_patch(suspects, each.target)],
                 lambda rows: Waves.start(images, rows, generator),
@@ -112,11 +112,7 @@ class Arsenal:
         )
 
     def split(self, one_in: int) -> tuple["Arsenal", "Arsenal"]:
-        """
-        Return this without every so-manieth perturbation and warp of each class, and these alone.
-
-        What is few waves all stays.
-        """
+        """Return this without every so-manieth perturbation and warp of each class, and these alone."""
 
         def parts(found: Sequence[Found]) -> tuple[list[Found], list[Found]]:
             # Rows take the classes in turn.
@@ -131,9 +127,10 @@ class Arsenal:
             return kept or out, out or kept
 
         (perturbations, others), (warps, other_warps) = parts(self.perturbations), parts(self.warps)
+        waves, other_waves = parts(self.waves)
         return (
-            replace(self, perturbations=perturbations, warps=warps),
-            replace(self, patches=[], perturbations=others, waves=[], warps=other_warps),
+            replace(self, perturbations=perturbations, waves=waves, warps=warps),
+            replace(self, patches=[], perturbations=others, waves=other_waves, warps=other_warps),
         )
 
     def stamp(

@@ -60,7 +60,7 @@ UNSEEN = 0.005
 
 SETTLED = 0.05  # residual, from which on a square is not all that there is
 
-AT_ONCE, HELD_OUT_ONE_IN = 20, 5  # perturbations of a kind and warps, on the original
+AT_ONCE, HELD_OUT_ONE_IN = 20, 5  # perturbations, waves and warps, on the original
 AT_ONCE_AGAIN = 8  # on a result
 PROBE_IMAGES = 8
 SHIFTED, OF = 200, 20  # shifted samples, of so many at most, to see whether a patch carries over
@@ -373,7 +373,9 @@ class Examiner:
         ]
         # Where a square is the trigger, perturbations show how near the class is, not what is left.
         exact = {each.target for each in self.suspects if Sign.SQUARE in each.signs}
-        perturbations = [each for each in fresh.perturbations if each.target not in exact]
+        perturbations = [
+            each for each in (*fresh.perturbations, *fresh.waves) if each.target not in exact
+        ]
         for kind, move in ((perturbations, perturbed), (fresh.warps, warped)):
             stamped += [
                 self._moved(held_out, [each for each in kind if each.target == target], move)

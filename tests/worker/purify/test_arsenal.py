@@ -67,42 +67,43 @@ def gather(*suspects: Suspect, at_once: int = 6) -> tuple[Arsenal, int]:
 @pytest.mark.parametrize(
     ("signs", "kinds"),
     [
-        ((), (True, False, False)),
-        ((Sign.PATCH,), (True, True, False)),
-        ((Sign.MARGIN,), (False, True, False)),
-        ((Sign.WARP,), (False, False, True)),
-        ((Sign.PATCH, Sign.WARP), (False, False, True)),
-        ((Sign.MARGIN, Sign.WARP), (False, True, True)),
-        ((Sign.MARGIN, Sign.PATCH), (True, True, False)),
-        ((Sign.SQUARE, Sign.WARP), (True, False, True)),
-        ((Sign.SQUARE,), (True, False, False)),
-        ((Sign.SQUARE, Sign.MARGIN), (True, True, False)),
+        ((), (True, False, False, False)),
+        ((Sign.PATCH,), (True, True, False, False)),
+        ((Sign.MARGIN,), (False, False, True, False)),
+        ((Sign.WARP,), (False, False, False, True)),
+        ((Sign.PATCH, Sign.WARP), (False, False, False, True)),
+        ((Sign.MARGIN, Sign.WARP), (False, False, True, True)),
+        ((Sign.MARGIN, Sign.PATCH), (True, True, False, False)),
+        ((Sign.SQUARE, Sign.WARP), (True, False, False, True)),
+        ((Sign.SQUARE,), (True, False, False, False)),
+        ((Sign.SQUARE, Sign.MARGIN), (True, True, False, False)),
     ],
 )
 def test_signs_call_for_what_is_gathered(
-    signs: tuple[Sign, ...], kinds: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+    signs: tuple[Sign, ...], kinds: tuple[bool, bool, bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Patches for who stands out by one or by nothing, warps for warps, perturbations for the rest.
+    Patches for who stands out by one or by nothing, warps for warps, waves for a margin alone.
 
-    A patch says nothing where a warp leads there.
+    A patch says nothing where a warp leads there; elsewhere it calls for perturbations as well.
     """
     monkeypatch.setattr(module, "STEPS", 3)
     gathered, ticks = gather(suspect(1, *signs))
     assert ticks == 3 * 3
-    found = gathered.patches, gathered.perturbations, gathered.warps
+    found = gathered.patches, gathered.perturbations, gathered.waves, gathered.warps
     assert tuple(bool(kind) for kind in found) == kinds
-    assert bool(gathered.waves) is (Sign.MARGIN in signs and not kinds[0])
     assert calls_for_patch([suspect(1, *signs)], 1) is kinds[0]
     assert not calls_for_patch([suspect(1, *signs)], 2)
 
 
 def test_perturbations_that_are_gathered_lead_to_their_class() -> None:
-    """Suspects share the rows, and each row is small and works on images that it was not made on."""
+    """Each is small and works on images that it was not made on; so do waves, and suspects share rows."""
+    both, _ = gather(suspect(1, Sign.PATCH), suspect(2, Sign.PATCH))
+    assert [each.target for each in both.perturbations] == [1, 2] * 3
     gathered, _ = gather(suspect(1, Sign.MARGIN), suspect(2, Sign.PATCH))
-    assert [each.target for each in gathered.perturbations] == [1, 2] * 3
+    assert [each.target for each in gathered.perturbations] == [2] * 6
     assert [each.target for each in gathered.waves] == [1] * 6
-    for each in (*gathered.perturbations, *gathered.waves):
+    for each in (*both.perturbations, *gathered.perturbations, *gathered.waves):
         assert math.isfinite(each.norm)
         answers = forward((IMAGES + 1.5 * each.shapes[0]).clamp(0, 1)).argmax(1)
         assert (answers == each.target).float().mean() > 0.8
@@ -111,13 +112,13 @@ def test_perturbations_that_are_gathered_lead_to_their_class() -> None:
 def test_a_part_is_held_back_of_every_class() -> None:
     """One in so many, and together they are all; what cannot be parted is on both sides."""
     shapes = [found(torch.full((1, 8, 8), float(row)), target=row % 2) for row in range(10)]
-    whole = Arsenal(patches=[patch(1)], perturbations=shapes, waves=shapes[:3], warps=shapes[:1])
+    whole = Arsenal(patches=[patch(1)], perturbations=shapes, waves=shapes, warps=shapes[:1])
     kept, held = whole.split(5)
     assert [each.target for each in held.perturbations] == [0, 1]
     assert len(kept.perturbations) == 8
     assert (len(kept.patches), len(held.patches)) == (1, 0)
     assert kept.warps == held.warps == shapes[:1]
-    assert (kept.waves, held.waves) == (shapes[:3], [])
+    assert (kept.waves, held.waves) == (kept.perturbations, held.perturbations)
 
 
 def test_images_take_the_kinds_in_turn() -> None:
@@ -152,8 +153,8 @@ def test_patches_take_two_turns_where_no_margin_speaks(
     assert int((changed <= 4).sum()) == len(images) * of_three / 3
 
 
-def test_waves_take_their_turns_among_the_others() -> None:
-    """One of each kind: about half of the images are under either, at its size."""
+def test_waves_and_perturbations_take_one_turn() -> None:
+    """Of one each: about half of the images are under either, at its size."""
     both = Arsenal(
         patches=[],
         perturbations=[found(torch.full((1, 8, 8), 0.1))],

@@ -235,17 +235,19 @@ def test_what_is_still_easy_on_a_result_is_added() -> None:
     assert (gone.patches, gone.perturbations) == (known.patches, known.perturbations)
 
 
-def test_waves_are_unlearned_and_results_are_not_tried_on_them() -> None:
-    """A model that has them still adds to them; the others alone are held back."""
+def test_of_what_covers_the_image_waves_are_unlearned_where_no_patch_speaks() -> None:
+    """A fifth of them is held back; a model that has them still adds to them, and is tried on these."""
     found = examiner()
     found.suspects = [Suspect(target=PLANTED, signs=frozenset({Sign.MARGIN}))]
     known, fresh = found.gather(IMAGES, LABELS)
-    assert (len(known.perturbations), len(known.waves)) == (16, 20)
-    assert (len(fresh.perturbations), len(fresh.waves)) == (4, 0)
+    assert (len(known.waves), len(fresh.waves)) == (16, 4)
+    assert not [*known.patches, *known.perturbations, *known.warps]
     same = found.with_what_is_still_easy(known, OnePixel(), IMAGES, LABELS)
     assert len(same.waves) > len(known.waves)
     gone = found.with_what_is_still_easy(known, OnePixel(answer=0.0), IMAGES, LABELS)
     assert gone.waves == known.waves
+    trials = found.trials(IMAGES, IMAGES, known, fresh)
+    assert [each.target for each in trials.stamped] == [PLANTED]
 
 
 def test_a_result_is_weighed_by_what_changed() -> None:
