@@ -94,8 +94,7 @@ class Arsenal:
                 [
                     each.target
                     for each in suspects
-                    if each.signs & {Sign.PATCH, Sign.MARGIN}
-                    and calls_for_patch(suspects, each.target)
+                    if (each.signs and each.by_patch) or {Sign.SQUARE, Sign.MARGIN} <= each.signs
                 ],
                 lambda rows: Perturbations.start(images, rows, generator),
             ),

@@ -75,6 +75,7 @@ def gather(*suspects: Suspect, at_once: int = 6) -> tuple[Arsenal, int]:
         ((Sign.MARGIN, Sign.WARP), (False, False, True, True)),
         ((Sign.MARGIN, Sign.PATCH), (True, True, False, False)),
         ((Sign.SQUARE, Sign.WARP), (True, False, False, True)),
+        ((Sign.SQUARE, Sign.PATCH, Sign.WARP), (True, False, False, True)),
         ((Sign.SQUARE,), (True, False, False, False)),
         ((Sign.SQUARE, Sign.MARGIN), (True, True, False, False)),
     ],
