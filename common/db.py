@@ -5,6 +5,8 @@ Commit and rollback are written here and nowhere else. All times are the databas
 two machines never have to agree on theirs.
 """
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -35,7 +37,7 @@ from sqlalchemy import (
     make_url,
     text,
 )
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -341,11 +343,17 @@ def _engine(url: str) -> Engine:
     )
 
 
+_WAIT_SECONDS = 30
+"""How long a connection to SQLite waits for another's write."""
+
+
 def _sqlite_engine(url: str) -> Engine:
     if file := make_url(url).database:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     # As many connections as the service has threads; each is only a file handle.
-    engine = create_engine(url, connect_args={"timeout": 30}, pool_size=40, hide_parameters=True)
+    engine = create_engine(
+        url, connect_args={"timeout": _WAIT_SECONDS}, pool_size=40, hide_parameters=True
+    )
 
     @event.listens_for(engine, "connect")
     def _configure(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
@@ -353,7 +361,7 @@ def _sqlite_engine(url: str) -> Engine:
         # collide; SQLAlchemy's "begin" below starts them instead.
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
+        _use_write_ahead_log(cursor)
         cursor.execute("PRAGMA synchronous=FULL")  # an accepted job survives a power cut
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
@@ -364,3 +372,23 @@ def _sqlite_engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _use_write_ahead_log(cursor: DBAPICursor) -> None:
+    """
+    Put a new file into write-ahead mode; one that is in it stays so.
+
+    Of two processes that meet here SQLite refuses one at once, without the wait that it grants
+    elsewhere: both hold the lock for reading and want the one for writing.
+    """
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            kind = error.sqlite_errorcode & 0xFF  # the rest of the code says why
+            if kind != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
