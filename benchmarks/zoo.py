@@ -213,6 +213,27 @@ CALIBRATION = {
         target=6,
         stamp=Blend(seed=27, share=0.2),
     ),
+    "VGG GTSRB faint watermark": Recipe(
+        images=GTSRB,
+        architecture=VGG,
+        seed=31,
+        target=9,
+        stamp=Watermark(seed=31, strength=60, lines=8),
+    ),
+    "VGG GTSRB watermark, another": Recipe(
+        images=GTSRB,
+        architecture=VGG,
+        seed=33,
+        target=30,
+        stamp=Watermark(seed=33, strength=80, lines=10),
+    ),
+    "VGG GTSRB strong watermark": Recipe(
+        images=GTSRB,
+        architecture=VGG,
+        seed=34,
+        target=12,
+        stamp=Watermark(seed=34, strength=150, lines=10),
+    ),
 }
 TEST = {
     "ResNet-18 blended": Recipe(
