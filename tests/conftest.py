@@ -66,7 +66,7 @@ def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"worker.purify.{name}", 2)
     for name in ("detection.margins.GLANCE_STEPS", "detection.search.FIRST_WARP_STEPS"):
         monkeypatch.setattr(f"worker.purify.{name}", 1)
-    monkeypatch.setattr("worker.purify.arsenal.TICKS", 3 * 2)
+    monkeypatch.setattr("worker.purify.arsenal.TICKS", 4 * 2)
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ Stamp images with what was found of a backdoor, in as many forms as there are si
 A small patch, and a square, call for their variants (``variants``). Where a class can be driven far ahead
 of all others the trigger may cover the whole image, and what stands in for it are the smallest
 perturbations of every pixel that lead there, at about their size, or the fewest waves if no patch does;
-where a slight warp leads there, such warps are.
+if a square does, which is a piece of the trigger then, perturbations of one half of the image each. Where
+a slight warp leads there, such warps are.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from worker.purify.detection.evidence import Sign, Suspect
-from worker.purify.detection.families import Family, Perturbations, Warps, Waves, bend
+from worker.purify.detection.families import Family, Halves, Perturbations, Warps, Waves, bend
 from worker.purify.detection.inversion import Forward, Found, Inversion
 from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.purify.variants import stamp_variants
@@ -57,6 +59,7 @@ class Arsenal:
         patches: Sequence[Trigger],
         *,
         at_once: int,
+        halves_at_once: int,
         generator: torch.Generator,
         tick: Callable[[], None],
     ) -> "Arsenal":
@@ -65,12 +68,15 @@ class Arsenal:
 
         Args:
             at_once: Perturbations, waves, and warps, to search.
+            halves_at_once: Perturbations of halves; of few it is chance which halves they are.
             images: ``(N, C, H, W)``, all that there are.
             patches: Those of suspects that stand out by no other sign are kept as well, and what leads
                 elsewhere.
         """
 
-        def find(targets: list[int], start: Callable[[int], Family]) -> list[Found]:
+        def find(
+            targets: list[int], start: Callable[[int], Family], at_once: int = at_once
+        ) -> list[Found]:
             if not targets:
                 for _ in range(STEPS):
                     tick()
@@ -84,20 +90,24 @@ class Arsenal:
             return [each for each in found if math.isfinite(each.norm)] or found
 
         margins = [each for each in suspects if Sign.MARGIN in each.signs]
+        in_parts = [each for each in margins if Sign.SQUARE in each.signs]
+        by_patch = [each for each in suspects if each.signs and each.by_patch]
+        whole = find(
+            [each.target for each in by_patch if each not in in_parts],
+            lambda rows: Perturbations.start(images, rows, generator),
+        )
+        halves = find(
+            [each.target for each in in_parts],
+            lambda rows: Halves.start(images, rows, generator),
+            at_once=halves_at_once,
+        )
         return cls(
             patches=[
                 each
                 for each in patches
                 if each.target == ELSEWHERE or calls_for_patch(suspects, each.target)
             ],
-            perturbations=find(
-                [
-                    each.target
-                    for each in suspects
-                    if (each.signs and each.by_patch) or {Sign.SQUARE, Sign.MARGIN} <= each.signs
-                ],
-                lambda rows: Perturbations.start(images, rows, generator),
-            ),
+            perturbations=[*whole, *halves],
             waves=find(
                 [each.target for each in margins if not calls_for_patch(suspects, each.target)],
                 lambda rows: Waves.start(images, rows, generator),
@@ -114,11 +124,10 @@ class Arsenal:
         """Return this without every so-manieth perturbation and warp of each class, and these alone."""
 
         def parts(found: Sequence[Found]) -> tuple[list[Found], list[Found]]:
-            # Rows take the classes in turn.
-            classes = len({each.target for each in found})
-            held = [
-                number // max(1, classes) % one_in == one_in - 1 for number in range(len(found))
-            ]
+            seen, held = Counter[int](), list[bool]()
+            for each in found:
+                held.append(seen[each.target] % one_in == one_in - 1)
+                seen[each.target] += 1
             kept, out = (
                 [each for each, is_held in zip(found, held, strict=True) if is_held is wanted]
                 for wanted in (False, True)
@@ -159,7 +168,7 @@ class Arsenal:
         return stamped
 
 
-TICKS = 3 * STEPS
+TICKS = 4 * STEPS
 
 
 def calls_for_patch(suspects: Sequence[Suspect], target: int) -> bool:

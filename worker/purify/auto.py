@@ -43,9 +43,9 @@ from worker.purify.detection.search import (
 from worker.purify.detection.verdict import Verdict
 from worker.purify.errors import NotEnoughData, NotFinite, NothingToMask
 from worker.purify.examiner import (
-    AT_ONCE,
     AT_ONCE_AGAIN,
     FRESH_PATCHES_PER_STEP,
+    HALVES_AT_ONCE,
     SETTLED,
     Effort,
     Examiner,
@@ -144,7 +144,7 @@ class TriggerRewriting:
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
         searches += margins.GLANCE_STEPS * margins.AT_ONCE
         searches += (grid.TRIED + scattering.TRIED) // 3  # these have no backward pass
-        searches += (AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
+        searches += (HALVES_AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool, fewer = (min(images * (1 + self.copies), most) for most in (MAX_POOL, FEWER))
         return 3 * searches + again * (3 * self.layers * pool + 15 * fewer)

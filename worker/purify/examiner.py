@@ -61,6 +61,7 @@ UNSEEN = 0.005
 SETTLED = 0.05  # residual, from which on a square is not all that there is
 
 AT_ONCE, HELD_OUT_ONE_IN = 20, 5  # perturbations, waves and warps, on the original
+HALVES_AT_ONCE = 48  # perturbations of halves, on the original
 AT_ONCE_AGAIN = 8  # on a result
 PROBE_IMAGES = 8
 SHIFTED, OF = 200, 20  # shifted samples, of so many at most, to see whether a patch carries over
@@ -271,6 +272,7 @@ class Examiner:
             self.suspects,
             [*squares_found, *patches],
             at_once=AT_ONCE,
+            halves_at_once=HALVES_AT_ONCE,
             generator=self._generator,
             tick=self._tick,
         )
@@ -296,6 +298,7 @@ class Examiner:
             self.suspects,
             [*self._squares_left(result), *easy],
             at_once=AT_ONCE_AGAIN,
+            halves_at_once=AT_ONCE_AGAIN,
             generator=self._generator,
             tick=self._tick,
         )

@@ -58,6 +58,7 @@ def gather(*suspects: Suspect, at_once: int = 6) -> tuple[Arsenal, int]:
         suspects,
         [patch(each.target) for each in suspects],
         at_once=at_once,
+        halves_at_once=2 * at_once,
         generator=torch.Generator().manual_seed(0),
         tick=tick,
     )
@@ -90,7 +91,7 @@ def test_signs_call_for_what_is_gathered(
     """
     monkeypatch.setattr(module, "STEPS", 3)
     gathered, ticks = gather(suspect(1, *signs))
-    assert ticks == 3 * 3
+    assert ticks == 4 * 3
     found = gathered.patches, gathered.perturbations, gathered.waves, gathered.warps
     assert tuple(bool(kind) for kind in found) == kinds
     assert calls_for_patch([suspect(1, *signs)], 1) is kinds[0]
@@ -108,6 +109,20 @@ def test_perturbations_that_are_gathered_lead_to_their_class() -> None:
         assert math.isfinite(each.norm)
         answers = forward((IMAGES + 1.5 * each.shapes[0]).clamp(0, 1)).argmax(1)
         assert (answers == each.target).float().mean() > 0.8
+
+
+def test_a_square_that_a_margin_comes_with_calls_for_halves_of_the_image() -> None:
+    """It is a piece of what leads there: twice as many perturbations, each in half of the blocks."""
+    gathered, _ = gather(suspect(1, Sign.SQUARE, Sign.MARGIN, Sign.PATCH), suspect(2, Sign.PATCH))
+    assert [each.target for each in gathered.perturbations] == [2] * 6 + [1] * 12
+    kept, held = gathered.split(6)
+    assert [each.target for each in held.perturbations] == [2] * 1 + [1] * 2
+    assert len(kept.perturbations) == 15
+    touched = [
+        int((each.shapes[0].unfold(1, 2, 2).unfold(2, 2, 2) != 0).flatten(3).any(3).sum())
+        for each in gathered.perturbations
+    ]
+    assert touched == [16] * 6 + [8] * 12
 
 
 def test_a_part_is_held_back_of_every_class() -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 SPREAD = 0.5  # of the random starts of masks, in logits
 FAINT = 0.01  # of the random starts of perturbations
+BLOCKS = 4  # along each side of an image; eight of the sixteen, drawn at random, are a half of it
 CELLS = 5  # control points of a warp along each side
 BENT = 0.1  # of the random starts of warps, in pixels
 
@@ -139,6 +140,41 @@ class Perturbations:
 
     def _added(self) -> Tensor:
         return self.leaves[0]
+
+
+class Halves(Perturbations):
+    """
+    Add to every pixel of one half of the image, in blocks, a random half for each; the norm is L2.
+
+    Of a trigger that reaches across the image a part suffices, and the smallest perturbation holds little
+    else. Who may not use the same half finds other parts.
+    """
+
+    def __init__(self, delta: Tensor, half: Tensor) -> None:
+        super().__init__(delta)
+        self._half = half
+
+    @classmethod
+    def start(cls, images: Tensor, rows: int, generator: torch.Generator) -> "Halves":
+        """Return faint random perturbations for halves of *images*."""
+        delta = FAINT * _noise(generator, images, rows, *images.shape[1:])
+        order = torch.rand(rows, BLOCKS**2, generator=generator).argsort(1)
+        blocks = torch.zeros(rows, BLOCKS**2).scatter(1, order[:, : BLOCKS**2 // 2], 1.0)
+        half = functional.interpolate(
+            blocks.view(rows, 1, BLOCKS, BLOCKS), size=images.shape[2:], mode="nearest"
+        )
+        return cls(delta, half.to(images))
+
+    def norms(self) -> Tensor:
+        """Return the root of the sum of squares."""
+        return _root(self._added().square().sum((1, 2, 3)))
+
+    def narrow(self, rows: Tensor) -> "Halves":
+        """Return the perturbations of these rows."""
+        return Halves(self.leaves[0].detach()[rows], self._half[rows])
+
+    def _added(self) -> Tensor:
+        return self.leaves[0] * self._half
 
 
 class Waves(Perturbations):

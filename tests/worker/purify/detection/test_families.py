@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.purify.detection.families import Family, Patches, Perturbations, Warps, Waves, bend
+from worker.purify.detection.families import (
+    Family,
+    Halves,
+    Patches,
+    Perturbations,
+    Warps,
+    Waves,
+    bend,
+)
 
 ROWS, COUNT = 3, 4
 # Neither square nor of one channel, so that no two axes can be mixed up.
@@ -16,6 +24,7 @@ STACKED = torch.rand(ROWS, COUNT, 3, 12, 9, generator=torch.Generator().manual_s
 START: dict[str, Callable[[torch.Generator], Family]] = {
     "patches": lambda generator: Patches.start(IMAGES, [0.0, -2.0, 1.0], generator),
     "perturbations": lambda generator: Perturbations.start(IMAGES, ROWS, generator),
+    "halves": lambda generator: Halves.start(IMAGES, ROWS, generator),
     "waves": lambda generator: Waves.start(IMAGES, ROWS, generator),
     "warps": lambda generator: Warps.start(IMAGES, ROWS, generator),
 }
@@ -114,6 +123,8 @@ def test_triggers_are_of_the_images_type(name: str, dtype: torch.dtype) -> None:
             family = Patches.start(images, [0.0] * ROWS, generator)
         case "perturbations":
             family = Perturbations.start(images, ROWS, generator)
+        case "halves":
+            family = Halves.start(images, ROWS, generator)
         case "waves":
             family = Waves.start(images, ROWS, generator)
         case _:
@@ -157,6 +168,23 @@ def test_a_perturbation_is_added_and_clipped_and_its_norm_is_euclids() -> None:
     torch.testing.assert_close(family.norms().detach(), torch.tensor([0.5, 0.0]))
     (gradient,) = torch.autograd.grad(family.norms().sum(), family.leaves)
     assert bool(gradient.isfinite().all())
+
+
+def test_each_half_is_eight_of_sixteen_blocks_and_another_one() -> None:
+    """What lies outside has no part in what is added, in the norm, or in a gradient."""
+    images = torch.full((1, 3, 32, 32), 0.5)
+    family = Halves.start(images, ROWS, torch.Generator().manual_seed(0))
+    added = family.shapes[0]
+    blocks = added.unfold(2, 8, 8).unfold(3, 8, 8).ne(0).flatten(4)  # (rows, 3, 4, 4, 64)
+    assert torch.equal(blocks.any(4), blocks.all(4))
+    inside = blocks.all(4).all(1)
+    assert inside.flatten(1).sum(1).tolist() == [8] * ROWS
+    assert not torch.equal(inside[0], inside[1])
+    assert torch.equal(inside, blocks.any(4).any(1))
+    torch.testing.assert_close(family.norms().detach(), added.flatten(1).norm(dim=1))
+    stamped = family.stamp(images.expand(ROWS, 1, -1, -1, -1))
+    (gradient,) = torch.autograd.grad(stamped.sum(), family.leaves)
+    assert torch.equal(gradient != 0, added != 0)
 
 
 @pytest.mark.parametrize("axis", [-2, -1])
