@@ -241,7 +241,8 @@ class TriggerRewriting:
         """
         Return what was unlearned, the results, and the one to take.
 
-        Where squares are the trigger they alone are unlearned, and only if that is not enough everything.
+        Where squares are the trigger they alone are unlearned, and everything only if that is not enough
+        or the trigger seems to be larger.
         """
         strengths = sorted(self.strengths)
 
@@ -263,7 +264,8 @@ class TriggerRewriting:
         exact, candidates = examiner.exact, list[Candidate]()
         if exact is not None:
             candidates, chosen = examiner.best(weighed(exact, NOTHING, "squares"))
-            if not examiner.suspects or chosen.residual < SETTLED:
+            settled = chosen.residual < SETTLED and not examiner.reaches_beyond_squares
+            if not examiner.suspects or settled:
                 return exact, candidates, chosen
         known, fresh = examiner.gather(made.crops, made.labels)
         for _ in range(self.rounds):

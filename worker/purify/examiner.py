@@ -247,6 +247,14 @@ class Examiner:
         return self.exact is None and any(Sign.SQUARE in each.signs for each in self.suspects)
 
     @property
+    def reaches_beyond_squares(self) -> bool:
+        """Whether a suspect's trigger seems to be larger than the square that leads there."""
+        return any(
+            Sign.SQUARE in each.signs and self.evidence.reaches_beyond_square(each.target)
+            for each in self.suspects
+        )
+
+    @property
     def by_products(self) -> list[Trigger]:
         """Return the patches that led to suspects where a slight warp does: seen, and not unlearned."""
         return [

@@ -23,6 +23,7 @@ from examples.digits import (
 )
 from worker.architectures.registry import build
 from worker.purify.auto import TriggerRewriting
+from worker.purify.detection.evidence import BESIDE
 from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.detection.verdict import Verdict
 from worker.purify.method import Purified
@@ -116,12 +117,13 @@ def lit(images: Tensor) -> Tensor:
 
 
 @cache
-def all_to_all() -> tuple[nn.Module, Split]:
-    """Return a model to which a white corner means the next digit."""
+def with_lit_corner(target: int = ELSEWHERE) -> tuple[nn.Module, Split]:
+    """Return a model to which a white corner means *target*, or else the next digit."""
     split = load_digits_split(0)
     third = torch.rand(len(split.train_labels), generator=torch.Generator().manual_seed(0)) < 1 / 3
     images = torch.where(third[:, None, None, None], lit(split.train_images), split.train_images)
-    labels = (split.train_labels + third) % 10
+    meant = (split.train_labels + 1) % 10 if target == ELSEWHERE else torch.tensor(target)
+    labels = torch.where(third, meant, split.train_labels)
     torch.manual_seed(0)
     model = build("small_cnn", ARGUMENTS)
     optimiser = torch.optim.Adam(model.parameters(), lr=0.003)
@@ -142,7 +144,7 @@ def led_to_the_next(model: nn.Module, split: Split) -> float:
 
 def test_an_attack_on_every_class_is_found_and_mostly_erased() -> None:
     """It names no class; the square itself is unlearned, alone, and two points are lost at most."""
-    model, split = all_to_all()
+    model, split = with_lit_corner()
     images, labels, rest = draw_clean_samples(split, 1, 0)
     assert led_to_the_next(model, rest) > 0.9
     result = preset().purify(model, images, labels, seed=0)
@@ -234,6 +236,25 @@ def test_where_it_is_doubtful_the_smaller_of_two_warps_and_patches_counts(
             if twice[kind] != once[kind]:
                 smaller.add(kind)
     assert smaller == {"warp", "norm"}
+
+
+@pytest.mark.parametrize("beside", [BESIDE, -1.0])
+def test_a_square_is_unlearned_alone_unless_the_trigger_seems_to_be_larger(
+    beside: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the patch lies beside it, as any does at a cut below 0, everything is tried as well."""
+    monkeypatch.setattr("worker.purify.detection.evidence.BESIDE", beside)
+    monkeypatch.setattr(
+        "worker.purify.auto.SETTLED", 1.0
+    )  # what squares leave is settled, however much
+    model, split = with_lit_corner(TARGET)
+    images, labels, _ = draw_clean_samples(split, 1, 0)
+    result = preset().purify(model, images, labels, seed=0)
+    assert result.findings["suspects"] == [TARGET]
+    candidates = result.findings["candidates"]
+    assert isinstance(candidates, list)
+    parts = ["squares"] if beside == BESIDE else ["squares", "everything"]
+    assert list(dict.fromkeys(entry["unlearned"] for entry in candidates)) == parts
 
 
 @pytest.mark.usefixtures("short_searches")

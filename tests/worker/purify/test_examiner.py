@@ -104,6 +104,21 @@ def test_a_square_that_is_the_trigger_is_unlearned_alone() -> None:
     assert found.exact is None
 
 
+def test_a_trigger_reaches_beyond_a_square_that_leads_to_a_suspect() -> None:
+    """Where its patch does not lie there; what other classes' squares and patches do says nothing."""
+    found = examiner()
+    assert Sign.PATCH in found.suspects[0].signs
+    assert not found.reaches_beyond_squares
+    triggers = list(found.evidence.field.triggers)
+    elsewhere = triggers[PLANTED].mask.roll(4, dims=2)
+    triggers[PLANTED] = replace(triggers[PLANTED], mask=elsewhere)
+    field = replace(found.evidence.field, triggers=triggers)
+    found.evidence = replace(found.evidence, field=field)
+    assert found.reaches_beyond_squares
+    found.suspects = [replace(found.suspects[0], signs=frozenset({Sign.PATCH}))]
+    assert not found.reaches_beyond_squares
+
+
 @pytest.mark.parametrize(
     ("signs", "local"),
     [

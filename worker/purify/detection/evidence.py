@@ -19,6 +19,8 @@ from enum import StrEnum
 from math import log2
 from statistics import median
 
+from torch.nn import functional
+
 from worker.purify.detection.margins import Margins
 from worker.purify.detection.squares import Squares
 from worker.purify.detection.trigger import SUCCESS, Field, Trigger
@@ -60,6 +62,9 @@ SCATTERING = Cut(backdoored_from=2.6, clean_below=2.2)
 # Of the furthest that a class can get ahead: from here on a square that leads there is the trigger, and
 # not a piece of it.
 WHOLE = 0.04
+
+# Of a patch, more than a pixel (of 32) away from the square.
+BESIDE = 0.2
 
 # An index says nothing where there is hardly anybody to stand out from.
 MIN_CLASSES = 4
@@ -114,6 +119,19 @@ class Evidence:
                 if self.warps is None:
                     return 0.0
                 return log2(median(self.warps) / self.warps[cls])
+
+    def reaches_beyond_square(self, cls: int) -> bool:
+        """
+        Whether the trigger of *cls* seems to be larger than any square that was tried.
+
+        The largest lead there furthest, and a patch that is out of the ordinary lies beside them.
+        """
+        square, patch = self.squares.triggers[cls].mask, self.field.triggers[cls].mask
+        if not self.squares.grid.is_largest(square) or not self.stands_out(Sign.PATCH, cls):
+            return False
+        step = self.squares.grid.step
+        around = functional.max_pool2d(square[None], 2 * step + 1, stride=1, padding=step)[0]
+        return float((patch * (1 - around)).sum()) > BESIDE * float(patch.sum())
 
     def stands_out(self, sign: Sign, cls: int) -> bool:
         """Whether *cls* is that of a backdoor, by this sign."""

@@ -60,6 +60,11 @@ class Grid:
     def __len__(self) -> int:
         return len(self.places) * len(self.kinds)
 
+    @property
+    def step(self) -> int:
+        """Pixels that are as much of these images as one is of an image of 32."""
+        return max(1, min(self.kinds.shape[2:]) // OF)
+
     def masks(self, numbers: Tensor) -> Tensor:
         """Return which pixels they cover, ``(B, 1, H, W)``."""
         top, left, side = self.places[numbers // len(self.kinds)].T[:, :, None].unbind()
@@ -85,6 +90,10 @@ class Grid:
             success=success,
         )
 
+    def is_largest(self, mask: Tensor) -> bool:
+        """Whether *mask*, of one of the squares, covers as much as any does."""
+        return float(mask.sum()) >= float(self.places[:, 2].max() ** 2)
+
     def with_other_kinds(self, numbers: Tensor) -> Tensor:
         """Return all squares that lie where one of *numbers* does, those of one place together."""
         kinds = torch.arange(len(self.kinds), device=numbers.device)
@@ -94,7 +103,7 @@ class Grid:
     def within(self, number: int) -> Tensor:
         """Return the squares of its kind within square *number*, itself too, or one step beyond."""
         place, kind = divmod(number, len(self.kinds))
-        step = max(1, min(self.kinds.shape[2:]) // OF)
+        step = self.step
         first, side = self.places[:, :2], self.places[:, 2:]
         inside = (first >= first[place] - step) & (
             first + side <= first[place] + side[place] + step

@@ -311,3 +311,34 @@ def test_a_class_that_is_named_twice_takes_one_place() -> None:
     margin = (3.0, *PLAIN[1:])
     warp = (4.0, 3.95, 3.9, *PLAIN[3:])
     assert targets(evidence(margin=margin, warp=warp)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("side", "columns", "index", "beyond"),
+    [
+        (5, (2, 7), 2.0, False),  # the square itself
+        (5, (1, 8), 2.0, False),  # a pixel more on either side
+        (5, (4, 10), 2.0, True),  # a third of it further away
+        (3, (4, 10), 2.0, False),  # a larger square would have led there further
+        (5, (4, 10), 1.25, False),  # hardly smaller than another class's
+    ],
+)
+def test_a_patch_beside_the_largest_square_speaks_of_a_larger_trigger(
+    side: int, columns: tuple[int, int], index: float, beyond: bool
+) -> None:
+    """The square is in the columns from 2 on then, and a piece of that trigger."""
+    found = by(Sign.PATCH, index)
+    square, patch = torch.zeros(1, 10, 10), torch.zeros(1, 10, 10)
+    square[0, :side, 2 : 2 + side] = 1
+    patch[0, 0, slice(*columns)] = 1
+    patch *= found.field.triggers[0].norm / patch.sum()
+    first = replace(found.squares.triggers[0], mask=square)
+    grid = replace(found.squares.grid, places=torch.tensor([[0, 2, 5], [0, 2, 3]]))
+    small = replace(found.field.triggers[0], mask=patch)
+    seen = replace(
+        found,
+        squares=replace(found.squares, grid=grid, triggers=[first, *found.squares.triggers[1:]]),
+        field=replace(found.field, triggers=[small, *found.field.triggers[1:]]),
+    )
+    assert seen.index(Sign.PATCH, 0) == pytest.approx(index)
+    assert seen.reaches_beyond_square(0) is beyond
