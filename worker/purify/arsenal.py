@@ -143,29 +143,33 @@ class Arsenal:
 
     def stamp(
         self, forward: Forward, images: Tensor, *, reach: int, generator: torch.Generator
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """
-        Return every image under something of the arsenal, all kinds in turn.
+        Return every image under something of the arsenal, all kinds in turn, and the targets ``(N,)``.
 
         Args:
             forward: Maps images to the original's logits.
             reach: Pixels by which the support of a patch is widened at most.
         """
-        kinds: list[Callable[[Tensor], Tensor]] = []
+
+        def patched(part: Tensor) -> tuple[Tensor, Tensor]:
+            turns = [self.patches[number % len(self.patches)].target for number in range(len(part))]
+            stamped = stamp_variants(forward, part, self.patches, reach=reach, generator=generator)
+            return stamped, torch.tensor(turns, device=part.device)
+
+        kinds: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = []
         if self.patches:
-            kinds += [
-                lambda part: stamp_variants(
-                    forward, part, self.patches, reach=reach, generator=generator
-                )
-            ] * self.patch_turns
+            kinds += [patched] * self.patch_turns
         if added := [*self.perturbations, *self.waves]:
             kinds.append(lambda part: perturbed(part, added, generator))
         if self.warps:
             kinds.append(lambda part: warped(part, self.warps, generator))
         stamped = torch.empty_like(images)
+        targets = torch.empty(len(images), dtype=torch.int64, device=images.device)
         for number, kind in enumerate(kinds):
-            stamped[number :: len(kinds)] = kind(images[number :: len(kinds)])
-        return stamped
+            turn = slice(number, None, len(kinds))
+            stamped[turn], targets[turn] = kind(images[turn])
+        return stamped, targets
 
 
 TICKS = 4 * STEPS
@@ -178,18 +182,26 @@ def calls_for_patch(suspects: Sequence[Suspect], target: int) -> bool:
     )
 
 
-def perturbed(images: Tensor, found: Sequence[Found], generator: torch.Generator) -> Tensor:
-    """Return every image under one of the perturbations, at about its size."""
+def perturbed(
+    images: Tensor, found: Sequence[Found], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return every image under one of the perturbations, at about its size, and the targets."""
     deltas = torch.stack([each.shapes[0] for each in found])
     which, sizes = _draw(images, len(found), PERTURBATION_SIZES, generator)
-    return laid_out((images + sizes * deltas[which]).clamp(0.0, 1.0))
+    return laid_out((images + sizes * deltas[which]).clamp(0.0, 1.0)), _targets(found, which)
 
 
-def warped(images: Tensor, found: Sequence[Found], generator: torch.Generator) -> Tensor:
-    """Return every image under one of the warps, at about its size."""
+def warped(
+    images: Tensor, found: Sequence[Found], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return every image under one of the warps, at about its size, and the targets."""
     shifts = torch.stack([each.shapes[0] for each in found])
     which, sizes = _draw(images, len(found), WARP_SIZES, generator)
-    return laid_out(bend(images, sizes * shifts[which]))
+    return laid_out(bend(images, sizes * shifts[which])), _targets(found, which)
+
+
+def _targets(found: Sequence[Found], which: Tensor) -> Tensor:
+    return torch.tensor([each.target for each in found], device=which.device)[which]
 
 
 def _draw(

@@ -18,6 +18,8 @@ target class, or the success of an attack.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ from worker.purify.examiner import (
 from worker.purify.method import Progress, Purified
 from worker.purify.metrics import Preprocess
 from worker.purify.precision import PRECISIONS, Precision
-from worker.purify.rewriting import Pairs, rewritable, rewritten
+from worker.purify.rewriting import Rewritten, rewritable, rewritten
 from worker.purify.weighing import UNCHANGED, Candidate, Unlearned
 from worker.purify.workpiece import Workpiece, laid_out, prepare, require, ticker
 
@@ -62,6 +64,7 @@ FEWER = 600  # under perturbations and warps, which do no better with more, and 
 MAX_POOL_VALUES = 2**26  # in a quarter of a gigabyte; there are seven tensors of this size
 NOTHING = Arsenal(patches=[], perturbations=[], warps=[])
 PARTS = 2  # of what was found: what may suffice, and everything
+OVERSHOOTS = (0.0, 0.5)  # of the logits' standard deviation; the further one if it is no worse
 HARDER = 10  # than the hardest, for what is larger than anything that was found
 LIKE_SAMPLES = (0.7, 1.0)  # of the area
 
@@ -147,7 +150,8 @@ class TriggerRewriting:
         searches += (HALVES_AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool, fewer = (min(images * (1 + self.copies), most) for most in (MAX_POOL, FEWER))
-        return 3 * searches + again * (3 * self.layers * pool + 15 * fewer)
+        weighing = 15 * fewer * len(OVERSHOOTS)
+        return 3 * searches + again * (3 * self.layers * pool + weighing)
 
     def purify(
         self,
@@ -246,20 +250,30 @@ class TriggerRewriting:
         """
         strengths = sorted(self.strengths)
 
-        def results(part: Arsenal, strengths: Sequence[float]) -> list[nn.Module]:
+        def results(
+            part: Arsenal, strengths: Sequence[float], overshoots: Sequence[float]
+        ) -> list[Rewritten]:
             clean = made.to_rewrite_with
             if part.perturbations or part.warps:
                 clean = clean[: max(FEWER, len(work.images))]
-            pairs = Pairs(clean=clean, stamped=examiner.stamp(clean, part))
-            run = _runner(work)
-            return rewritten(work.model, run, pairs, layers, strengths=strengths, ridge=self.ridge)
+            return rewritten(
+                work.model,
+                _runner(work),
+                examiner.pairs(clean, part),
+                layers,
+                strengths=strengths,
+                overshoots=overshoots,
+                ridge=self.ridge,
+            )
 
         def weighed(part: Arsenal, fresh: Arsenal, unlearned: Unlearned) -> list[Candidate]:
             trials = examiner.trials(made.held_out, made.like_samples, part, fresh)
-            return [
-                examiner.weigh(result, trials, strength=strength, unlearned=unlearned)
-                for result, strength in zip(results(part, strengths), strengths, strict=True)
+            every = [
+                examiner.weigh(result, trials, unlearned)
+                for result in results(part, strengths, OVERSHOOTS)
             ]
+            alike = groupby(every, key=attrgetter("strength"))
+            return [examiner.furthest(list(group)) for _, group in alike]
 
         exact, candidates = examiner.exact, list[Candidate]()
         if exact is not None:
@@ -269,8 +283,8 @@ class TriggerRewriting:
                 return exact, candidates, chosen
         known, fresh = examiner.gather(made.crops, made.labels)
         for _ in range(self.rounds):
-            (result,) = results(known, strengths[len(strengths) // 2 :][:1])
-            known = examiner.with_what_is_still_easy(known, result, made.crops, made.labels)
+            (result,) = results(known, strengths[len(strengths) // 2 :][:1], [0.0])
+            known = examiner.with_what_is_still_easy(known, result.model, made.crops, made.labels)
         if examiner.has_pieces:
             strengths = [*strengths, HARDER * strengths[-1]]
         return known, *examiner.best([*candidates, *weighed(known, fresh, "everything")])
@@ -359,6 +373,7 @@ def _findings(evidence: Evidence) -> dict[str, object]:
 def _described(candidate: Candidate, chosen: Candidate) -> dict[str, object]:
     return {
         "strength": candidate.strength,
+        "overshoot": candidate.overshoot,
         "unlearned": candidate.unlearned,
         "agreement": round(candidate.agreement, 4),
         "lost": round(candidate.lost, 4),

@@ -45,6 +45,7 @@ from worker.purify.detection.squares import best_squares, still_leading
 from worker.purify.detection.trigger import ELSEWHERE, Field, Trigger
 from worker.purify.detection.verdict import Verdict
 from worker.purify.precision import Precision, autocast_type
+from worker.purify.rewriting import Pairs, Rewritten
 from worker.purify.variants import stamp_variants
 from worker.purify.weighing import Candidate, Stamped, Trials, Unlearned, lead, logits
 from worker.purify.workpiece import Workpiece, laid_out
@@ -247,6 +248,11 @@ class Examiner:
         return self.exact is None and any(Sign.SQUARE in each.signs for each in self.suspects)
 
     @property
+    def _spent(self) -> float:
+        """What of the score may be paid for what the evidence does not show."""
+        return UNSEEN * (1 + self.has_pieces)
+
+    @property
     def reaches_beyond_squares(self) -> bool:
         """Whether a suspect's trigger seems to be larger than the square that leads there."""
         return any(
@@ -356,11 +362,12 @@ class Examiner:
         inversion.run(self._effort.restart_steps, per_row=per_row, tick=self._tick)
         return inversion.triggers()
 
-    def stamp(self, images: Tensor, arsenal: Arsenal) -> Tensor:
-        """Return every image under something of *arsenal*, all kinds in turn."""
-        return arsenal.stamp(
+    def pairs(self, images: Tensor, arsenal: Arsenal) -> Pairs:
+        """Return the images, and each of them under something of *arsenal*, all kinds in turn."""
+        stamped, targets = arsenal.stamp(
             self._original, images, reach=self._effort.reach, generator=self._generator
         )
+        return Pairs(clean=images, stamped=stamped, targets=targets)
 
     def trials(
         self, held_out: Tensor, like_samples: Tensor, arsenal: Arsenal, fresh: Arsenal
@@ -401,20 +408,28 @@ class Examiner:
             stamped=stamped,
         )
 
-    def weigh(
-        self, result: nn.Module, trials: Trials, *, strength: float, unlearned: Unlearned
-    ) -> Candidate:
+    def weigh(self, result: Rewritten, trials: Trials, unlearned: Unlearned) -> Candidate:
         """Return *result* with what speaks for it."""
-        forward = self._fast(result)
+        forward = self._fast(result.model)
         agreement, lost = trials.agreement_and_loss(forward)
         return Candidate(
-            strength=strength,
+            strength=result.strength,
+            overshoot=result.overshoot,
             unlearned=unlearned,
             agreement=agreement,
             lost=lost,
             residual=trials.residual(forward),
-            values=_changes(self._work.model, result),
+            values=_changes(self._work.model, result.model),
         )
+
+    def furthest(self, candidates: Sequence[Candidate]) -> Candidate:
+        """
+        Return the one of *candidates* of one strength that goes furthest without being worse.
+
+        Args:
+            candidates: What goes further comes later.
+        """
+        return candidates[_leaders(candidates, self._spent)[-1]]
 
     def best(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], Candidate]:
         """
@@ -426,7 +441,7 @@ class Examiner:
             candidates: What unlearns more comes after what unlearns less.
         """
         weighed = list(candidates)
-        spent = UNSEEN * (1 + self.has_pieces)
+        spent = self._spent
         while unsearched := [n for n in _leaders(weighed, spent) if not weighed[n].searched]:
             weighed[unsearched[0]] = self._searched(weighed[unsearched[0]])
         return weighed, weighed[_leaders(weighed, spent)[-1]]
@@ -470,7 +485,7 @@ class Examiner:
         self,
         images: Tensor,
         found: Sequence[Found],
-        move: Callable[[Tensor, Sequence[Found], torch.Generator], Tensor],
+        move: Callable[[Tensor, Sequence[Found], torch.Generator], tuple[Tensor, Tensor]],
     ) -> Stamped:
         """Return the images perturbed or warped, with the same numbers in another order as control."""
 
@@ -482,8 +497,8 @@ class Examiner:
         return Stamped(
             target=found[0].target,
             bare=images,
-            images=move(images, found, self._generator),
-            control=move(images, [shuffled(each) for each in found], self._generator),
+            images=move(images, found, self._generator)[0],
+            control=move(images, [shuffled(each) for each in found], self._generator)[0],
             stronger=False,
         )
 

@@ -11,6 +11,10 @@ the original's outputs *on the clean image*. The first term keeps the accuracy, 
 trigger's effect away, the third leaves alone whatever neither asks for. Layer by layer from front to
 back, each on the inputs that the rewritten ones before it give; nothing is trained.
 
+What is taken away is a part of the effect, as ridge and clean images hold against it. So the layer that
+gives the logits can be made to aim beyond, at less for the class that a stamped image is led to than the
+clean one got: the *overshoot*.
+
 It is the edit of one layer's associations known from language models (Meng et al., "Locating and
 Editing Factual Associations in GPT", NeurIPS 2022, https://arxiv.org/abs/2202.05262), with the
 trigger's shift of the features as the association that is overwritten.
@@ -26,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.errors import NotFinite
 
 CHUNK = 128  # images that go through both networks at once
@@ -36,10 +41,34 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Clean images and what they look like stamped, one for one, ``(N, C, H, W)``."""
+    """
+    Hold clean images and what they look like stamped, one for one.
+
+    Attributes:
+        clean: ``(N, C, H, W)``.
+        stamped: ``(N, C, H, W)``.
+        targets: The classes to which the stamped ones are led, ``(N,)`` int64; ``ELSEWHERE`` where any
+            other than their own will do.
+    """
 
     clean: Tensor
     stamped: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewritten:
+    """
+    Hold a rewritten network.
+
+    Attributes:
+        strength: Weight of the stamped images against the clean ones.
+        overshoot: By how many standard deviations of the logits it was to go beyond.
+    """
+
+    model: nn.Module
+    strength: float
+    overshoot: float
 
 
 def rewritable(model: nn.Module, forward: Forward, image: Tensor) -> list[str]:
@@ -81,9 +110,10 @@ def rewritten(
     *,
     strengths: Sequence[float],
     ridge: float,
-) -> list[nn.Module]:
+    overshoots: Sequence[float] = (0.0,),
+) -> list[Rewritten]:
     """
-    Return a copy of *original* with its *layers* rewritten for each of *strengths*.
+    Return a copy of *original* with its *layers* rewritten for each of *strengths* and *overshoots*.
 
     Args:
         original: It gives the outputs that are aimed at.
@@ -91,20 +121,36 @@ def rewritten(
         layers: Names that ``rewritable`` gave, in its order.
         strengths: Weights of the stamped images against the clean ones.
         ridge: Weight of the change itself, relative to the mean square of the clean inputs.
+        overshoots: In standard deviations of the logits. There is none where the last layer does not give
+            these.
 
     Raises:
         NotFinite: A layer's inputs or outputs are not.
     """
     results = [copy.deepcopy(original) for _ in strengths]
-    aims_of_all = _aims(original, layers, run, pairs.clean)
-    for number, (name, aims) in enumerate(zip(layers, aims_of_all, strict=True)):
-        sums = None
-        for result, strength in zip(results, strengths, strict=True):
-            # Up to the first layer the results are the same yet.
-            if sums is None or number > 0:
-                sums = _sums(result, name, run, pairs, aims)
+    aims = _aims(original, layers, run, pairs.clean)
+    beyond = None
+    if _gives_logits(original, layers[-1], run, pairs.clean[:1]):
+        beyond = _beyond(aims[-1], pairs.targets)
+
+    def sums_of_each(number: int, beyond: Sequence[Tensor] | None = None) -> Iterator[_Sums]:
+        # Up to the first layer the results are the same yet.
+        shared = _sums(results[0], layers[0], run, pairs, aims[0], beyond) if number == 0 else None
+        for result in results:
+            yield shared or _sums(result, layers[number], run, pairs, aims[number], beyond)
+
+    for number, name in enumerate(layers[:-1]):
+        for result, strength, sums in zip(results, strengths, sums_of_each(number), strict=True):
             _solve(result.get_submodule(name), sums, strength=strength, ridge=ridge)
-    return results
+    made = []
+    last = sums_of_each(len(layers) - 1, beyond)
+    for result, strength, sums in zip(results, strengths, last, strict=True):
+        for overshoot in (0.0,) if beyond is None else overshoots:
+            model = copy.deepcopy(result)
+            layer = model.get_submodule(layers[-1])
+            _solve(layer, sums, strength=strength, ridge=ridge, overshoot=overshoot)
+            made.append(Rewritten(model=model, strength=strength, overshoot=overshoot))
+    return made
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -183,12 +229,39 @@ def _aims(
     return aims
 
 
+def _gives_logits(
+    original: nn.Module, name: str, run: Callable[[nn.Module, Tensor], Tensor], image: Tensor
+) -> bool:
+    """Whether what a layer gives is what the network answers."""
+    with _watching(original.get_submodule(name)) as watched, torch.no_grad():
+        logits = run(original, image)
+    return logits.dim() == 2 and torch.equal(watched.outputs, logits)
+
+
+def _beyond(clean: Sequence[Tensor], targets: Tensor) -> list[Tensor]:
+    """
+    Return where to aim, from the logits of each chunk of the clean images, with an overshoot of 1.
+
+    That is less for the target, and where no class is the target, more for the image's own. An image
+    that is of the target's class anyway is to keep it.
+    """
+    spread = torch.cat(list(clean)).std(correction=0)
+    steps = []
+    for logits, target in zip(clean, torch.split(targets, CHUNK), strict=True):
+        own, elsewhere = logits.argmax(1), target == ELSEWHERE
+        step = spread * (elsewhere.to(logits) - (~elsewhere & (target != own)).to(logits))
+        which = torch.where(elsewhere, own, target)
+        steps.append(torch.zeros_like(logits).scatter_(1, which[:, None], step[:, None]))
+    return steps
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """``XᵀX`` and ``XᵀR`` over clean and over stamped images, in float64."""
+    """``XᵀX`` and ``XᵀR`` over clean and over stamped images, and ``XᵀR`` of an overshoot, in float64."""
 
     clean: tuple[Tensor, Tensor]
     stamped: tuple[Tensor, Tensor]
+    beyond: Tensor
 
 
 def _sums(
@@ -197,30 +270,40 @@ def _sums(
     run: Callable[[nn.Module, Tensor], Tensor],
     pairs: Pairs,
     aims: Sequence[Tensor],
+    beyond: Sequence[Tensor] | None,
 ) -> _Sums:
     layer = model.get_submodule(name)
 
-    def over(images: Tensor) -> tuple[Tensor, Tensor]:
-        gram = product = torch.zeros((), dtype=torch.float64)
+    def over(images: Tensor, beyond: Sequence[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        gram = product = further = torch.zeros((), dtype=torch.float64)
         with _watching(layer) as watched, torch.no_grad():
-            for chunk, aim in zip(torch.split(images, CHUNK), aims, strict=True):
+            for number, (chunk, aim) in enumerate(
+                zip(torch.split(images, CHUNK), aims, strict=True)
+            ):
                 run(model, chunk)
                 inputs = _inputs(layer, watched.inputs)
                 lack = aim - _outputs(layer, watched.outputs)
                 gram = gram + (inputs.T @ inputs).double()
                 product = product + (inputs.T @ lack).double()
-        return gram, product
+                if beyond is not None:
+                    further = further + (inputs.T @ beyond[number]).double()
+        return gram, product, further
 
-    return _Sums(clean=over(pairs.clean), stamped=over(pairs.stamped))
+    clean_gram, clean_product, _ = over(pairs.clean, None)
+    gram, product, further = over(pairs.stamped, beyond)
+    return _Sums(clean=(clean_gram, clean_product), stamped=(gram, product), beyond=further)
 
 
-def _solve(layer: nn.Module, sums: _Sums, *, strength: float, ridge: float) -> None:
+def _solve(
+    layer: nn.Module, sums: _Sums, *, strength: float, ridge: float, overshoot: float = 0.0
+) -> None:
     """Add the change that does best to *layer*."""
     (clean_gram, clean_product), (stamped_gram, stamped_product) = sums.clean, sums.stamped
     inertia = ridge * clean_gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     system = clean_gram + strength * stamped_gram
     system.diagonal().add_(inertia)
-    change, failed = torch.linalg.solve_ex(system, clean_product + strength * stamped_product)
+    aimed = clean_product + strength * (stamped_product + overshoot * sums.beyond)
+    change, failed = torch.linalg.solve_ex(system, aimed)
     if bool(failed.any()) or not bool(change.isfinite().all()):
         raise NotFinite
     _add(layer, change)

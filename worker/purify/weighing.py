@@ -34,6 +34,7 @@ class Candidate:
 
     Attributes:
         strength: Weight of the stamped images against the clean ones; 0 is the model as it came.
+        overshoot: By how many standard deviations of the logits the targets were aimed lower.
         unlearned: What they were stamped with.
         agreement: Share of images like the samples that are expected to get the original's class.
         lost: Estimate of the accuracy that is lost, in [0, 1].
@@ -43,6 +44,7 @@ class Candidate:
     """
 
     strength: float
+    overshoot: float
     unlearned: Unlearned
     agreement: float
     lost: float
@@ -57,7 +59,13 @@ class Candidate:
 
 
 UNCHANGED = Candidate(
-    strength=0.0, unlearned="nothing", agreement=1.0, lost=0.0, residual=1.0, values={}
+    strength=0.0,
+    overshoot=0.0,
+    unlearned="nothing",
+    agreement=1.0,
+    lost=0.0,
+    residual=1.0,
+    values={},
 )
 
 

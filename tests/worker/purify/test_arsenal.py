@@ -11,7 +11,7 @@ from worker.purify import arsenal as module
 from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
 from worker.purify.detection.evidence import Sign, Suspect
 from worker.purify.detection.inversion import Found
-from worker.purify.detection.trigger import Trigger
+from worker.purify.detection.trigger import ELSEWHERE, Trigger
 
 IMAGES = 0.2 + 0.6 * torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 4
@@ -144,13 +144,33 @@ def test_images_take_the_kinds_in_turn() -> None:
     both = Arsenal(
         patches=[patch(1)], perturbations=[found(torch.full((1, 8, 8), 0.1))], warps=[found(shift)]
     )
-    stamped = both.stamp(forward, IMAGES, reach=0, generator=torch.Generator().manual_seed(0))
+    stamped, _ = both.stamp(forward, IMAGES, reach=0, generator=torch.Generator().manual_seed(0))
     changed = (stamped != IMAGES).flatten(2).sum(2)[:, 0]
     assert changed[0::3].max() <= 4
     assert changed[1::3].min() == 64
     difference = (stamped - IMAGES)[1::3]
     assert torch.allclose(difference, difference[:, :, :1, :1].expand_as(difference), atol=1e-6)
     assert torch.equal(stamped[2::3, ..., -1], IMAGES[2::3, ..., -1])
+
+
+def test_every_image_is_named_the_class_it_is_led_to() -> None:
+    """Each kind here, and each of two of a kind, has its own."""
+    bright, dark = torch.full((1, 8, 8), 0.1), torch.full((1, 8, 8), -0.1)
+    still = torch.zeros(2, 8, 8)
+    every = Arsenal(
+        patches=[patch(0), patch(ELSEWHERE)],
+        perturbations=[found(bright, target=1), found(dark, target=2)],
+        warps=[found(still, target=3)],
+    )
+    grey = torch.full((60, 1, 8, 8), 0.5)
+    stamped, targets = every.stamp(
+        forward, grey, reach=0, generator=torch.Generator().manual_seed(0)
+    )
+    assert targets[0::3].tolist() == [0, ELSEWHERE] * 10
+    added = (stamped - grey).mean((1, 2, 3))[1::3]
+    assert torch.equal(targets[1::3], torch.where(added > 0, 1, 2))
+    assert set(targets[1::3].tolist()) == {1, 2}
+    assert set(targets[2::3].tolist()) == {3}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +184,7 @@ def test_patches_take_two_turns_where_no_margin_speaks(
     gathered, _ = gather(suspect(1, *signs))
     one = replace(gathered, patches=[patch(1)])
     images = IMAGES[:12]
-    stamped = one.stamp(forward, images, reach=0, generator=torch.Generator().manual_seed(0))
+    stamped, _ = one.stamp(forward, images, reach=0, generator=torch.Generator().manual_seed(0))
     changed = (stamped != images).flatten(2).sum(2)[:, 0]
     assert int((changed <= 4).sum()) == len(images) * of_three / 3
 
@@ -178,7 +198,7 @@ def test_waves_and_perturbations_take_one_turn() -> None:
         warps=[],
     )
     grey = torch.full((200, 1, 8, 8), 0.5)
-    stamped = both.stamp(forward, grey, reach=0, generator=torch.Generator().manual_seed(0))
+    stamped, _ = both.stamp(forward, grey, reach=0, generator=torch.Generator().manual_seed(0))
     added = (stamped - grey).mean((1, 2, 3))
     assert added.abs().min() >= 0.07 - 1e-6
     assert 0.4 < float((added > 0).float().mean()) < 0.6
@@ -188,13 +208,15 @@ def test_sizes_lie_about_what_was_found() -> None:
     """A perturbation is used at 0.7 to 1.5 times its size, a warp at 0.8 to 1.5."""
     generator = torch.Generator().manual_seed(0)
     grey = torch.full((200, 1, 8, 8), 0.5)
-    added = (perturbed(grey, [found(torch.full((1, 8, 8), 0.1))], generator) - 0.5).mean((1, 2, 3))
+    stamped, _ = perturbed(grey, [found(torch.full((1, 8, 8), 0.1))], generator)
+    added = (stamped - 0.5).mean((1, 2, 3))
     assert added.min() >= 0.07 - 1e-6
     assert added.max() <= 0.15 + 1e-6
     assert added.max() - added.min() > 0.06
     ramp = torch.arange(8.0).expand(200, 1, 8, 8) / 8
     shift = torch.zeros(2, 8, 8)
     shift[0] = 1.0
-    moved = (warped(ramp, [found(shift)], generator) - ramp)[..., 2] * 8
+    bent, _ = warped(ramp, [found(shift)], generator)
+    moved = (bent - ramp)[..., 2] * 8
     assert moved.min() >= 0.8 - 1e-5
     assert moved.max() <= 1.5 + 1e-5

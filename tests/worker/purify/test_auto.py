@@ -22,7 +22,7 @@ from examples.digits import (
     train_clean,
 )
 from worker.architectures.registry import build
-from worker.purify.auto import TriggerRewriting
+from worker.purify.auto import OVERSHOOTS, TriggerRewriting
 from worker.purify.detection.evidence import BESIDE
 from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.detection.verdict import Verdict
@@ -95,6 +95,7 @@ def test_findings_name_every_class_and_one_chosen_candidate() -> None:
     assert findings["signs"] == {str(TARGET): ["patch"]}
     assert [entry["strength"] for entry in candidates] == list(preset().strengths)
     assert {entry["unlearned"] for entry in candidates} == {"everything"}
+    assert {entry["overshoot"] for entry in candidates} <= set(OVERSHOOTS)
     assert sum(entry["chosen"] for entry in candidates) == 1
 
 

@@ -12,6 +12,7 @@ from worker.purify.detection.evidence import SCATTERING, WHOLE, Sign, Suspect, s
 from worker.purify.detection.scattering import Scattering
 from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.examiner import Effort, Examiner
+from worker.purify.rewriting import Rewritten
 from worker.purify.weighing import Candidate
 from worker.purify.workpiece import prepare
 
@@ -66,11 +67,16 @@ def examiner(network: nn.Module | None = None, tick: Callable[[], None] = lambda
     )
 
 
+def result(network: nn.Module) -> Rewritten:
+    """Return it as if it had been rewritten."""
+    return Rewritten(model=network, strength=1.0, overshoot=0.5)
+
+
 def weighed(found: Examiner, answer: float) -> Candidate:
     """Return what is found of the network with that answer to its pixel, patches searched afresh."""
     known, fresh = found.gather(IMAGES, LABELS)
     trials = found.trials(IMAGES, IMAGES, known, fresh)
-    candidate = found.weigh(OnePixel(answer=answer), trials, strength=1.0, unlearned="everything")
+    candidate = found.weigh(result(OnePixel(answer=answer)), trials, "everything")
     return found.best([candidate])[1]
 
 
@@ -86,7 +92,13 @@ def test_what_fresh_patches_achieve_is_part_of_the_residual() -> None:
     """Where nothing that was found works any more, another search may find the way."""
     found = examiner()
     blind = Candidate(
-        strength=1.0, unlearned="squares", agreement=1.0, lost=0.0, residual=0.0, values={}
+        strength=1.0,
+        overshoot=0.0,
+        unlearned="squares",
+        agreement=1.0,
+        lost=0.0,
+        residual=0.0,
+        values={},
     )
     (searched,), _ = found.best([blind])
     assert searched.residual > 0.4
@@ -208,6 +220,7 @@ def test_the_strongest_is_taken_of_what_scores_hardly_less(
     def candidate(agreement: float, lost: float) -> Candidate:
         return Candidate(
             strength=1.0,
+            overshoot=0.0,
             unlearned="everything",
             agreement=agreement,
             lost=lost,
@@ -225,6 +238,7 @@ def test_the_strongest_is_taken_of_what_scores_hardly_less(
         candidate(0.9, 0.05),
     ]
     assert found.best(candidates)[1].agreement == chosen
+    assert found.furthest(candidates).agreement == chosen
 
 
 def test_what_results_are_tried_with_is_not_unlearned() -> None:
@@ -269,11 +283,12 @@ def test_a_result_is_weighed_by_what_changed() -> None:
     """Values are those that differ, and agreement is with the original's answers."""
     found = examiner()
     trials = found.trials(IMAGES, IMAGES, *found.gather(IMAGES, LABELS))
-    same = found.weigh(OnePixel(), trials, strength=1.0, unlearned="everything")
+    same = found.weigh(result(OnePixel()), trials, "everything")
     assert (same.agreement, same.values) == (1.0, {})
-    other = found.weigh(OnePixel(answer=-1.0), trials, strength=1.0, unlearned="everything")
+    other = found.weigh(result(OnePixel(answer=-1.0)), trials, "everything")
     assert other.agreement < 1.0
     assert set(other.values) == {"answer"}
+    assert (other.strength, other.overshoot, other.unlearned) == (1.0, 0.5, "everything")
 
 
 def test_every_patch_is_tried_even_where_images_are_few() -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.rewriting import Pairs, rewritable, rewritten
 
 
@@ -22,7 +23,13 @@ def rewrite(
 ) -> nn.Module:
     """Return the network as one strength has it."""
     (after,) = rewritten(before, run, pairs, layers, strengths=[strength], ridge=ridge)
-    return after
+    return after.model
+
+
+def paired(clean: Tensor, stamped: Tensor, targets: Tensor | None = None) -> Pairs:
+    """Return them as pairs; the targets are the first class if they do not matter."""
+    targets = torch.zeros(len(clean), dtype=torch.int64) if targets is None else targets
+    return Pairs(clean=clean, stamped=stamped, targets=targets)
 
 
 def linear() -> nn.Module:
@@ -34,7 +41,7 @@ def linear() -> nn.Module:
 def test_linear_layer_solves_the_ridge_regression() -> None:
     """The change is the minimiser, found here by least squares on stacked and weighted rows."""
     before = linear()
-    pairs = Pairs(clean=numbers(9, 1, 2, 3, seed=1), stamped=numbers(9, 1, 2, 3, seed=2))
+    pairs = paired(numbers(9, 1, 2, 3, seed=1), numbers(9, 1, 2, 3, seed=2))
     strength, ridge = 0.3, 0.05
     after = rewrite(before, pairs, ["1"], strength=strength, ridge=ridge)
 
@@ -56,7 +63,7 @@ def test_convolution_is_a_regression_over_its_patches() -> None:
     """A convolution is changed as the linear layer on its unfolded inputs is."""
     torch.manual_seed(0)
     before = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False)).double()
-    pairs = Pairs(clean=numbers(4, 2, 6, 6, seed=1), stamped=numbers(4, 2, 6, 6, seed=2))
+    pairs = paired(numbers(4, 2, 6, 6, seed=1), numbers(4, 2, 6, 6, seed=2))
     after = rewrite(before, pairs, ["0"], strength=0.5, ridge=0.1)
 
     def rows(images: Tensor) -> Tensor:
@@ -79,7 +86,7 @@ def test_a_direction_that_clean_images_do_not_use_is_taken_away_for_nothing() ->
     clean[:, 0, 1, 2] = 0.0
     stamped = clean.clone()
     stamped[:, 0, 1, 2] = 3.0
-    pairs = Pairs(clean=clean, stamped=stamped)
+    pairs = paired(clean, stamped)
     after = rewrite(before, pairs, ["1"], strength=1.0, ridge=1e-8)
     assert float((before(stamped) - before(clean)).detach().abs().max()) > 0.1
     torch.testing.assert_close(after(stamped), before(clean), rtol=0, atol=1e-4)
@@ -90,7 +97,7 @@ def test_same_images_ask_for_no_change() -> None:
     """Where stamping changes nothing there is nothing to rewrite."""
     before = linear()
     images = numbers(9, 1, 2, 3, seed=1)
-    after = rewrite(before, Pairs(clean=images, stamped=images), ["1"], strength=1, ridge=0.1)
+    after = rewrite(before, paired(images, images), ["1"], strength=1, ridge=0.1)
     torch.testing.assert_close(after(images), before(images), rtol=0, atol=1e-12)
 
 
@@ -101,15 +108,69 @@ def test_each_strength_has_what_it_would_have_alone() -> None:
         nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)
     ).double()
     as_it_was = {name: tensor.clone() for name, tensor in before.state_dict().items()}
-    pairs = Pairs(clean=numbers(9, 2, 6, 6, seed=1), stamped=numbers(9, 2, 6, 6, seed=2))
+    pairs = paired(numbers(9, 2, 6, 6, seed=1), numbers(9, 2, 6, 6, seed=2))
     layers = ["0", "2", "4"]
     together = rewritten(before, run, pairs, layers, strengths=[0.1, 1.0], ridge=0.1)
     for after, strength in zip(together, (0.1, 1.0), strict=True):
         alone = rewrite(before, pairs, layers, strength=strength, ridge=0.1)
         for name, tensor in alone.state_dict().items():
-            assert torch.equal(tensor, after.state_dict()[name])
+            assert torch.equal(tensor, after.model.state_dict()[name])
             assert not torch.equal(tensor, as_it_was[name])
     assert all(torch.equal(as_it_was[name], t) for name, t in before.state_dict().items())
+
+
+def test_an_overshoot_aims_beyond_the_clean_answer() -> None:
+    """
+    Below it for the target, above it for the image's own class where none is the target.
+
+    An image that is of the target's class keeps it. The minimiser is found by least squares.
+    """
+    before = linear()
+    clean, stamped = numbers(60, 1, 2, 3, seed=1), numbers(60, 1, 2, 3, seed=2)
+    answers = before(clean).detach()
+    own = answers.argmax(1)
+    targets = torch.arange(60) % 5 - 1  # ELSEWHERE, and four classes
+    assert bool((own == targets).any())
+    pairs = paired(clean, stamped, targets)
+    strength, ridge = 0.3, 0.05
+    plain, beyond = rewritten(
+        before, run, pairs, ["1"], strengths=[strength], ridge=ridge, overshoots=(0.0, 2.0)
+    )
+    assert [(each.strength, each.overshoot) for each in (plain, beyond)] == [(0.3, 0.0), (0.3, 2.0)]
+
+    step = 2 * answers.std(correction=0)
+    aims = answers.clone()
+    for row, (target, first) in enumerate(zip(targets.tolist(), own.tolist(), strict=True)):
+        if target == ELSEWHERE:
+            aims[row, first] += step
+        elif target != first:
+            aims[row, target] -= step
+
+    def rows(images: Tensor) -> Tensor:
+        return torch.cat([images.flatten(1), torch.ones(60, 1).double()], dim=1)
+
+    inertia = (ridge * rows(clean).square().sum() / 7) ** 0.5 * torch.eye(7).double()
+    system = torch.cat([rows(clean), strength**0.5 * rows(stamped), inertia])
+    lack = strength**0.5 * (aims - before(stamped)).detach()
+    aim = torch.cat([torch.zeros(60, 4), lack, torch.zeros(7, 4)])
+    change = torch.linalg.lstsq(system, aim.double()).solution
+    found = beyond.model.state_dict()["1.weight"] - before.state_dict()["1.weight"]
+    torch.testing.assert_close(found, change[:-1].T, rtol=1e-6, atol=1e-9)
+    alone = rewrite(before, pairs, ["1"], strength=strength, ridge=ridge)
+    assert torch.equal(plain.model.state_dict()["1.weight"], alone.state_dict()["1.weight"])
+
+
+def test_a_layer_that_gives_no_logits_is_not_driven_beyond() -> None:
+    """There is one result for each strength then."""
+    torch.manual_seed(0)
+    before = nn.Sequential(
+        nn.Conv2d(1, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softplus()
+    ).double()
+    pairs = paired(numbers(9, 1, 4, 4, seed=1), numbers(9, 1, 4, 4, seed=2))
+    found = rewritten(
+        before, run, pairs, ["0"], strengths=[0.1, 1.0], ridge=0.1, overshoots=(0.0, 0.5)
+    )
+    assert [(each.strength, each.overshoot) for each in found] == [(0.1, 0.0), (1.0, 0.0)]
 
 
 class Mixed(nn.Module):

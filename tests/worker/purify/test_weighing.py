@@ -111,6 +111,7 @@ def test_the_score_is_fidelity_as_far_as_it_can_be_seen() -> None:
     def score(lost: float, residual: float) -> float:
         return Candidate(
             strength=1.0,
+            overshoot=0.0,
             unlearned="everything",
             agreement=1.0,
             lost=lost,
