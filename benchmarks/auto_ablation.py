@@ -2,7 +2,7 @@
 Measure what each step of `auto` is good for: the preset, and the preset without one of them.
 
 One clean image per class, on models of the calibration part of `benchmarks.auto_verdicts` alone: digits
-of five seeds, and four of `benchmarks.zoo`. A step that is off is off in the evidence as well. On a
+of five seeds, and five of `benchmarks.zoo`. A step that is off is off in the evidence as well. On a
 processor without units for bfloat16 the variant in float32 is the preset.
 
 --quick: digits of one seed.
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from benchmarks.harness import Row, conclude, markdown, measure_all, or_none, parser, recorded
 from benchmarks.trials import DIGITS_BACKDOORED, run, trial, truth
-from worker.purify import auto, examiner, variants
+from worker.purify import arsenal, auto, examiner, variants
 from worker.purify.detection import search
 from worker.purify.detection.evidence import CUTS, Cut, Sign
+from worker.purify.detection.families import Perturbations
 from worker.purify.detection.trigger import Trigger
 from worker.purify.detection.verdict import Verdict
 
@@ -37,6 +38,7 @@ MODELS = (
     ("VGG GTSRB colours", 0),
     ("VGG GTSRB clean", 0),
     ("VGG CIFAR waves", 0),
+    ("VGG GTSRB watermark, another", 0),
 )
 
 
@@ -105,6 +107,16 @@ def mildest() -> AbstractContextManager[object]:
     return patch.object(examiner, "UNSEEN", 0.0)
 
 
+def smallest_for(family: str) -> AbstractContextManager[object]:
+    """Search the smallest perturbations of the whole image in place of that family."""
+    return patch.object(arsenal, family, Perturbations)
+
+
+def no_overshoot() -> AbstractContextManager[object]:
+    """Aim at the clean answers and no further."""
+    return patch.object(auto, "OVERSHOOTS", (0.0,))
+
+
 STRENGTHS = (0.1, 0.3, 1.0)  # the preset's
 VARIANTS = {
     "the preset": Variant(),
@@ -118,6 +130,9 @@ VARIANTS = {
     "squares never alone": Variant(patched=everything_at_once),
     "crops alone": Variant(patched=crops_alone),
     "crops in place of shifts": Variant(patched=crops_always),
+    "no waves": Variant(patched=functools.partial(smallest_for, "Waves")),
+    "no halves": Variant(patched=functools.partial(smallest_for, "Halves")),
+    "no overshoot": Variant(patched=no_overshoot),
     "nothing spent on the unseen": Variant(patched=mildest),
     "no second search": Variant(given={"rounds": 0}),
     "last layer alone": Variant(given={"layers": 1}),

@@ -11,7 +11,7 @@ from benchmarks.auto_verdicts import DIGITS_SEEDS
 from benchmarks.harness import Row
 from benchmarks.trials import Trial, digits_trial, run
 from common.catalogue.methods import METHODS
-from worker.purify import auto, examiner, variants
+from worker.purify import arsenal, auto, examiner, variants
 from worker.purify.detection import evidence, search
 
 QUICK = {"steps": 3, "restart_steps": 2, "copies": 1, "force": True}
@@ -19,6 +19,9 @@ PATCHED: tuple[tuple[object, str], ...] = (
     (examiner.Examiner, "exact"),
     (examiner.Examiner, "is_local"),
     (auto, "some"),
+    (auto, "OVERSHOOTS"),
+    (arsenal, "Waves"),
+    (arsenal, "Halves"),
     (examiner, "UNSEEN"),
     (search, "OPENNESS"),
     (evidence, "CUTS"),
@@ -138,6 +141,6 @@ def test_every_variant_has_its_line_and_unmeasured_stays_empty() -> None:
     """A variant that ran on clean models alone has no fidelity."""
     lines = table(ROWS).splitlines()
     assert len(lines) == 2 + len(VARIANTS)
-    assert "| the preset | 4 of 9 | 0.800 | 30.0 | 1.0 | 2 / 1 / 1 | 2.0 |" in lines
-    assert "| float32 | 1 of 9 |  |  | 0.0 | 0 / 1 / 0 | 2.0 |" in lines
-    assert "| last layer alone | 0 of 9 |  |  |  |  |  |" in lines
+    assert "| the preset | 4 of 10 | 0.800 | 30.0 | 1.0 | 2 / 1 / 1 | 2.0 |" in lines
+    assert "| float32 | 1 of 10 |  |  | 0.0 | 0 / 1 / 0 | 2.0 |" in lines
+    assert "| last layer alone | 0 of 10 |  |  |  |  |  |" in lines
