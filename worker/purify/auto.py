@@ -16,7 +16,7 @@ target class, or the success of an attack.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -252,7 +252,7 @@ class TriggerRewriting:
 
         def results(
             part: Arsenal, strengths: Sequence[float], overshoots: Sequence[float]
-        ) -> list[Rewritten]:
+        ) -> Iterator[Rewritten]:
             clean = made.to_rewrite_with
             if part.perturbations or part.warps:
                 clean = clean[: max(FEWER, len(work.images))]
@@ -268,6 +268,7 @@ class TriggerRewriting:
 
         def weighed(part: Arsenal, fresh: Arsenal, unlearned: Unlearned) -> list[Candidate]:
             trials = examiner.trials(made.held_out, made.like_samples, part, fresh)
+            # One at a time: of each only what changed is kept.
             every = [
                 examiner.weigh(result, trials, unlearned)
                 for result in results(part, strengths, OVERSHOOTS)

@@ -111,9 +111,11 @@ def rewritten(
     strengths: Sequence[float],
     ridge: float,
     overshoots: Sequence[float] = (0.0,),
-) -> list[Rewritten]:
+) -> Iterator[Rewritten]:
     """
-    Return a copy of *original* with its *layers* rewritten for each of *strengths* and *overshoots*.
+    Yield a copy of *original* with its *layers* rewritten for each of *strengths* and *overshoots*.
+
+    All overshoots of a strength come before the next one.
 
     Args:
         original: It gives the outputs that are aimed at.
@@ -142,15 +144,13 @@ def rewritten(
     for number, name in enumerate(layers[:-1]):
         for result, strength, sums in zip(results, strengths, sums_of_each(number), strict=True):
             _solve(result.get_submodule(name), sums, strength=strength, ridge=ridge)
-    made = []
     last = sums_of_each(len(layers) - 1, beyond)
     for result, strength, sums in zip(results, strengths, last, strict=True):
         for overshoot in (0.0,) if beyond is None else overshoots:
             model = copy.deepcopy(result)
             layer = model.get_submodule(layers[-1])
             _solve(layer, sums, strength=strength, ridge=ridge, overshoot=overshoot)
-            made.append(Rewritten(model=model, strength=strength, overshoot=overshoot))
-    return made
+            yield Rewritten(model=model, strength=strength, overshoot=overshoot)
 
 
 def _is_plain(module: nn.Module) -> bool:
