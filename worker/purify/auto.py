@@ -268,10 +268,12 @@ class TriggerRewriting:
 
         def weighed(part: Arsenal, fresh: Arsenal, unlearned: Unlearned) -> list[Candidate]:
             trials = examiner.trials(made.held_out, made.like_samples, part, fresh)
+            # What stands in for a trigger of which a patch alone tells is mostly the class itself.
+            overshoots = OVERSHOOTS[:1] if examiner.only_by_patches else OVERSHOOTS
             # One at a time: of each only what changed is kept.
             every = [
                 examiner.weigh(result, trials, unlearned)
-                for result in results(part, strengths, OVERSHOOTS)
+                for result in results(part, strengths, overshoots)
             ]
             alike = groupby(every, key=attrgetter("strength"))
             return [examiner.furthest(list(group)) for _, group in alike]

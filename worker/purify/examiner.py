@@ -248,6 +248,11 @@ class Examiner:
         return self.exact is None and any(Sign.SQUARE in each.signs for each in self.suspects)
 
     @property
+    def only_by_patches(self) -> bool:
+        """Whether all suspects stand out by their patch at most."""
+        return bool(self.suspects) and all(each.signs <= {Sign.PATCH} for each in self.suspects)
+
+    @property
     def _spent(self) -> float:
         """What of the score may be paid for what the evidence does not show."""
         return UNSEEN * (1 + self.has_pieces)

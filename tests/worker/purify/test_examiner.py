@@ -241,6 +241,23 @@ def test_the_strongest_is_taken_of_what_scores_hardly_less(
     assert found.furthest(candidates).agreement == chosen
 
 
+@pytest.mark.parametrize(
+    ("signs", "only"),
+    [
+        ([{Sign.PATCH}], True),
+        ([{Sign.PATCH}, set()], True),
+        ([{Sign.PATCH}, {Sign.PATCH, Sign.MARGIN}], False),
+        ([{Sign.WARP}], False),
+        ([], False),  # a square leads each class to another one
+    ],
+)
+def test_it_is_known_where_a_patch_alone_tells(signs: list[set[Sign]], only: bool) -> None:
+    """Of every suspect."""
+    found = examiner()
+    found.suspects = [Suspect(target=PLANTED, signs=frozenset(each)) for each in signs]
+    assert found.only_by_patches is only
+
+
 def test_what_results_are_tried_with_is_not_unlearned() -> None:
     """Perturbations are parted, and patches are made into fresh variants."""
     known, fresh = examiner().gather(IMAGES, LABELS)
