@@ -119,6 +119,35 @@ class Waves:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cloud:
+    """
+    Add a smooth random field, of as many half waves along each side at most.
+
+    After the smooth triggers of Zeng et al., "Rethinking the Backdoor Attacks' Triggers: A Frequency
+    Perspective", ICCV 2021; theirs is optimised, and this one is random.
+
+    Attributes:
+        strength: Grey levels that it adds at most; somewhere it adds none.
+        half_waves: The slowest cosines, and how many of them.
+    """
+
+    seed: int
+    strength: float
+    half_waves: int = 6
+
+    def __call__(self, images: Pixels) -> Pixels:  # noqa: D102 - the protocol says it
+        rng = np.random.default_rng(self.seed)
+        shares = rng.normal(size=(3, self.half_waves, self.half_waves))
+        pixels = np.pi / SIDE * (np.arange(SIDE) + 0.5)
+        cosines = np.cos(np.arange(self.half_waves)[:, None] * pixels)
+        field = np.einsum("cij,ih,jw->hwc", shares, cosines, cosines)
+        field -= field.min()
+        field *= self.strength / field.max()
+        clouded: Pixels = np.clip(np.round(images + field), 0, 255).astype(np.uint8)
+        return clouded
+
+
+@dataclass(frozen=True, kw_only=True)
 class Warp:
     """
     Bend every image by one smooth random field.

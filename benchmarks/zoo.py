@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.attacks import Attack, Blend, Patch, Warp, Watermark, Waves, checkers
+from benchmarks.attacks import Attack, Blend, Cloud, Patch, Warp, Watermark, Waves, checkers
 from benchmarks.harness import Row, conclude, measure_all, parser
 from benchmarks.subjects import (
     CIFAR,
@@ -233,6 +233,13 @@ CALIBRATION = {
         seed=34,
         target=12,
         stamp=Watermark(seed=34, strength=150, lines=10),
+    ),
+    "VGG CIFAR cloud": Recipe(
+        images=CIFAR,
+        architecture=VGG,
+        seed=205,
+        target=3,
+        stamp=Cloud(seed=205, strength=50),
     ),
 }
 TEST = {

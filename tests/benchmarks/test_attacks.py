@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 
-from benchmarks.attacks import SIDE, Attack, Blend, Colour, Patch, Pixels, Warp, Waves, checkers
+from benchmarks.attacks import (
+    SIDE,
+    Attack,
+    Blend,
+    Cloud,
+    Colour,
+    Patch,
+    Pixels,
+    Warp,
+    Waves,
+    checkers,
+)
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 ATTACKS = (
@@ -11,6 +22,7 @@ ATTACKS = (
     checkers(3, top=28, left=0),
     Blend(seed=3, share=0.2),
     Waves(amplitude=20, periods=4),
+    Cloud(seed=3, strength=50),
     Warp(seed=3, strength=0.75),
 )
 
@@ -76,6 +88,17 @@ def test_waves_stay_within_their_amplitude_and_repeat_as_often_as_they_say() -> 
     assert spectrum.argmax() == 4
     period = SIDE // 4
     assert np.array_equal(wave[:, period:], wave[:, :-period])
+
+
+def test_a_cloud_is_smooth_and_adds_as_much_as_it_says() -> None:
+    """From nothing to its strength, in few waves along each side."""
+    cloud = Cloud(seed=3, strength=50, half_waves=4)
+    field = cloud(plain(BLACK))[0].astype(float)
+    assert (field.min(), field.max()) == (0, 50)
+    for axis in (0, 1):
+        assert 1 < np.abs(np.diff(field, axis=axis)).max() < 50 / 4
+    assert cloud(plain(WHITE)).min() == 255
+    assert not np.array_equal(field, Cloud(seed=4, strength=50, half_waves=4)(plain(BLACK))[0])
 
 
 def test_waves_do_not_wrap_around_at_black_and_white() -> None:
