@@ -90,7 +90,7 @@ class Arsenal:
             return [each for each in found if math.isfinite(each.norm)] or found
 
         margins = [each for each in suspects if Sign.MARGIN in each.signs]
-        in_parts = [each for each in margins if Sign.SQUARE in each.signs]
+        in_parts = [each for each in suspects if each.in_parts]
         by_patch = [each for each in suspects if each.signs and each.by_patch]
         whole = find(
             [each.target for each in by_patch if each not in in_parts],
@@ -117,7 +117,7 @@ class Arsenal:
                 lambda rows: Warps.start(images, rows, generator),
             ),
             # Perturbations cost accuracy, and where no margin speaks the trigger is hardly one.
-            patch_turns=1 if margins else PATCH_TURNS,
+            patch_turns=1 if margins or in_parts else PATCH_TURNS,
         )
 
     def split(self, one_in: int) -> tuple["Arsenal", "Arsenal"]:

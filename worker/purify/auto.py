@@ -48,7 +48,9 @@ from worker.purify.examiner import (
     AT_ONCE_AGAIN,
     FRESH_PATCHES_PER_STEP,
     HALVES_AT_ONCE,
+    ORDINARY,
     SETTLED,
+    TO_SUSPECTS,
     Effort,
     Examiner,
 )
@@ -147,7 +149,8 @@ class TriggerRewriting:
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
         searches += margins.GLANCE_STEPS * margins.AT_ONCE
         searches += (grid.TRIED + scattering.TRIED) // 3  # these have no backward pass
-        searches += (HALVES_AT_ONCE + self.rounds * AT_ONCE_AGAIN) * arsenal.STEPS * arsenal.PER_ROW
+        perturbations = HALVES_AT_ONCE + self.rounds * AT_ONCE_AGAIN + 2 * (TO_SUSPECTS + ORDINARY)
+        searches += perturbations * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool, fewer = (min(images * (1 + self.copies), most) for most in (MAX_POOL, FEWER))
         weighing = 15 * fewer * len(OVERSHOOTS)
@@ -246,7 +249,7 @@ class TriggerRewriting:
         Return what was unlearned, the results, and the one to take.
 
         Where squares are the trigger they alone are unlearned, and everything only if that is not enough
-        or the trigger seems to be larger.
+        or the trigger seems to be larger, before or after.
         """
         strengths = sorted(self.strengths)
 
@@ -281,9 +284,12 @@ class TriggerRewriting:
         exact, candidates = examiner.exact, list[Candidate]()
         if exact is not None:
             candidates, chosen = examiner.best(weighed(exact, NOTHING, "squares"))
-            settled = chosen.residual < SETTLED and not examiner.reaches_beyond_squares
-            if not examiner.suspects or settled:
+            if not examiner.suspects:
                 return exact, candidates, chosen
+            if chosen.residual < SETTLED and not examiner.reaches_beyond_squares:
+                candidates = examiner.beyond_squares(candidates, chosen, made.crops, made.labels)
+                if not examiner.reaches_beyond_squares:
+                    return exact, candidates, chosen
         known, fresh = examiner.gather(made.crops, made.labels)
         for _ in range(self.rounds):
             (result,) = results(known, strengths[len(strengths) // 2 :][:1], [0.0])

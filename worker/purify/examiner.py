@@ -8,7 +8,7 @@ or the success of an attack.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite, log2
 from statistics import median
 
 import torch
@@ -29,7 +29,7 @@ from worker.purify.detection.evidence import (
     suspects,
     whole,
 )
-from worker.purify.detection.families import Patches
+from worker.purify.detection.families import Patches, Perturbations
 from worker.purify.detection.inversion import Forward, Found, Inversion
 from worker.purify.detection.margins import largest_margins
 from worker.purify.detection.search import (
@@ -65,6 +65,9 @@ AT_ONCE, HELD_OUT_ONE_IN = 20, 5  # perturbations, waves and warps, on the origi
 HALVES_AT_ONCE = 48  # perturbations of halves, on the original
 AT_ONCE_AGAIN = 8  # on a result
 PROBE_IMAGES = 8
+# What tells whether a suspect stays near without its square: docs/decisions/0005-auto.md.
+TO_SUSPECTS, ORDINARY = 2, 9  # perturbations to each, and other classes, of one each
+NEAR, NO_FURTHER = 1.2, 0.7  # index of these on a result, and its share of that on the original
 SHIFTED, OF = 200, 20  # shifted samples, of so many at most, to see whether a patch carries over
 
 
@@ -92,7 +95,7 @@ class Effort:
     def ticks(self, image: Tensor, classes: int) -> int:
         """Return how often an examiner ticks."""
         first = ticks(self.steps, classes) + self.steps + margins.ticks(classes) + 2 * WARP_STEPS
-        again = (self.rounds + self.results) * self.restart_steps
+        again = (self.rounds + self.results) * self.restart_steps + 2 * arsenals.STEPS
         return first + squares.ticks(image, classes) + (1 + self.rounds) * arsenals.TICKS + again
 
 
@@ -245,7 +248,9 @@ class Examiner:
     @property
     def has_pieces(self) -> bool:
         """Whether squares lead to suspects that are not the trigger."""
-        return self.exact is None and any(Sign.SQUARE in each.signs for each in self.suspects)
+        if self.exact is None:
+            return any(Sign.SQUARE in each.signs for each in self.suspects)
+        return any(each.beyond_square for each in self.suspects)
 
     @property
     def only_by_patches(self) -> bool:
@@ -261,7 +266,8 @@ class Examiner:
     def reaches_beyond_squares(self) -> bool:
         """Whether a suspect's trigger seems to be larger than the square that leads there."""
         return any(
-            Sign.SQUARE in each.signs and self.evidence.reaches_beyond_square(each.target)
+            each.beyond_square
+            or (Sign.SQUARE in each.signs and self.evidence.reaches_beyond_square(each.target))
             for each in self.suspects
         )
 
@@ -395,7 +401,11 @@ class Examiner:
             for images in [like_samples if patch.target == ELSEWHERE else held_out]
         ]
         # Where a square is the trigger, perturbations show how near the class is, not what is left.
-        exact = {each.target for each in self.suspects if Sign.SQUARE in each.signs}
+        exact = {
+            each.target
+            for each in self.suspects
+            if Sign.SQUARE in each.signs and not each.beyond_square
+        }
         perturbations = [
             each for each in (*fresh.perturbations, *fresh.waves) if each.target not in exact
         ]
@@ -451,6 +461,42 @@ class Examiner:
             weighed[unsearched[0]] = self._searched(weighed[unsearched[0]])
         return weighed, weighed[_leaders(weighed, spent)[-1]]
 
+    def beyond_squares(
+        self,
+        candidates: Sequence[Candidate],
+        chosen: Candidate,
+        images: Tensor,
+        labels: Tensor,
+    ) -> list[Candidate]:
+        """
+        Return *candidates* with what perturbations show of suspects whose squares they unlearned.
+
+        A trigger that covers the image may answer to a square as well, and without it still lead there:
+        the smallest perturbation that leads to its class is then much smaller than an ordinary one's.
+        That class is a suspect for more than its square from then on.
+
+        Args:
+            candidates: Results under squares alone.
+            chosen: The one of them to look at.
+            images: To search on, ``(N, C, H, W)``, all that there are.
+        """
+        near = self._nearness(self._fast(self._result(chosen)), images, labels)
+        if not any(index >= NEAR for index in near.values()):
+            return list(candidates)
+        before = self._nearness(self._original, images, labels)
+        beyond = {
+            target: index
+            for target, index in near.items()
+            if index >= max(NEAR, NO_FURTHER * before.get(target, 0.0))
+        }
+        self.suspects = [
+            replace(each, beyond_square=each.target in beyond) for each in self.suspects
+        ]
+        if not beyond:
+            return list(candidates)
+        left = 1 - 2 ** -max(beyond.values())
+        return [replace(each, residual=max(each.residual, left)) for each in candidates]
+
     def _searched(self, candidate: Candidate) -> Candidate:
         """
         Return *candidate* with what else leads to the suspects on it.
@@ -458,14 +504,52 @@ class Examiner:
         That is the highest index of fresh patches, in first ones, where these stood out, and the success
         of the squares that still lead.
         """
-        result = copy.deepcopy(self._work.model)
-        result.load_state_dict(candidate.values, strict=False)
+        result = self._result(candidate)
         left = [candidate.residual, *(each.success for each in self._squares_left(result))]
         for patch in self._afresh(result, [each.target for each in self.suspects if each.by_patch]):
             first = self.evidence.index(Sign.PATCH, patch.target)
             if first > 0:
                 left.append(self._index(patch) / first)
         return replace(candidate, residual=min(1.0, max(left)), searched=True)
+
+    def _nearness(self, forward: Forward, images: Tensor, labels: Tensor) -> dict[int, float]:
+        """Return how often an ordinary class's smallest perturbation must be halved, for suspects."""
+        targets = [each.target for each in self.suspects]
+        others = self._ordinary(but=targets)
+        if not others:
+            return {}
+        rows = [*targets * TO_SUSPECTS, *others]
+        inversion = Inversion(
+            forward,
+            images,
+            labels,
+            rows,
+            family=Perturbations.start(images, len(rows), self._generator),
+            generator=self._generator,
+        )
+        inversion.run(arsenals.STEPS, per_row=arsenals.PER_ROW, tick=self._tick)
+        norms = dict.fromkeys(rows, inf)
+        for each in inversion.found():
+            norms[each.target] = min(norms[each.target], each.norm)
+        ordinary = median([norms[cls] for cls in others])
+        # Where nothing leads to an ordinary class there is nothing to compare with.
+        return {
+            target: log2(ordinary / norms[target]) if isfinite(ordinary) else 0.0
+            for target in targets
+            if isfinite(norms[target])
+        }
+
+    def _ordinary(self, *, but: Sequence[int]) -> list[int]:
+        """Return the classes in the middle of the others, by the norm of their patches."""
+        field = self.evidence.field.triggers
+        others = sorted(set(range(self._classes)) - set(but), key=lambda cls: field[cls].norm)
+        low = max(0, (len(others) - ORDINARY) // 2)
+        return others[low : low + ORDINARY]
+
+    def _result(self, candidate: Candidate) -> nn.Module:
+        result = copy.deepcopy(self._work.model)
+        result.load_state_dict(candidate.values, strict=False)
+        return result
 
     def _patched(self, images: Tensor, patch: Trigger) -> Stamped:
         other = torch.rand(patch.pattern.shape, generator=self._generator).to(images)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
+from worker.purify.auto import NOTHING
 from worker.purify.detection.evidence import SCATTERING, WHOLE, Sign, Suspect, suspects
 from worker.purify.detection.scattering import Scattering
 from worker.purify.detection.trigger import ELSEWHERE
@@ -37,6 +38,21 @@ class OnePixel(nn.Module):
         # Little is lost by darkness, so that no class can get further ahead than another.
         others = leaky_relu(torch.cat([40 * (bright - 0.7), lit[:, None]], dim=1), 0.2)
         return torch.cat([zero, others], dim=1)
+
+
+class Wide(OnePixel):
+    """Answer 4 under a faint chequered pattern as well, all over the image."""
+
+    def __init__(self, answer: float = 1.0, faintest: float = 0.4) -> None:
+        super().__init__(answer)
+        self.faintest = nn.Parameter(torch.tensor(faintest))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits for five classes."""
+        logits = super().forward(images)
+        board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+        seen = leaky_relu(40 * ((images[:, 0] * board).sum((1, 2)) / 8 - self.faintest), 0.2)
+        return torch.cat([logits[:, :4], (logits[:, 4] + seen)[:, None]], dim=1)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +86,12 @@ def examiner(network: nn.Module | None = None, tick: Callable[[], None] = lambda
 def result(network: nn.Module) -> Rewritten:
     """Return it as if it had been rewritten."""
     return Rewritten(model=network, strength=1.0, overshoot=0.5)
+
+
+def squares_unlearned(found: Examiner, network: nn.Module) -> Candidate:
+    """Return that network as a result of which nothing is seen any more."""
+    trials = found.trials(IMAGES, IMAGES, found.gather(IMAGES, LABELS)[0], NOTHING)
+    return replace(found.weigh(result(network), trials, "squares"), residual=0.0)
 
 
 def weighed(found: Examiner, answer: float) -> Candidate:
@@ -129,6 +151,42 @@ def test_a_trigger_reaches_beyond_a_square_that_leads_to_a_suspect() -> None:
     assert found.reaches_beyond_squares
     found.suspects = [replace(found.suspects[0], signs=frozenset({Sign.PATCH}))]
     assert not found.reaches_beyond_squares
+    found.suspects = [replace(found.suspects[0], beyond_square=True)]
+    assert found.reaches_beyond_squares
+
+
+def test_without_its_square_a_trigger_that_covers_the_image_is_still_seen() -> None:
+    """Its class is a suspect for more than its square, and results are held to what is left."""
+    found = examiner(Wide())
+    assert found.exact is not None
+    assert not found.has_pieces
+    squares_alone = [squares_unlearned(found, Wide(answer=0.0))]
+    (left,) = found.beyond_squares(squares_alone, squares_alone[0], IMAGES, LABELS)
+    assert left.residual > 0.5
+    assert found.suspects[0].in_parts
+    assert found.has_pieces
+    assert found.reaches_beyond_squares
+    known, fresh = found.gather(IMAGES, LABELS)
+    assert known.perturbations
+    tried = found.trials(IMAGES, IMAGES, known, fresh).stamped
+    assert any(not each.stronger for each in tried)
+
+
+def test_without_its_square_nothing_is_left_of_a_trigger_that_is_one() -> None:
+    """Then results are what they were, and the trigger a whole square."""
+    found = examiner()
+    squares_alone = [squares_unlearned(found, OnePixel(answer=0.0))]
+    assert found.beyond_squares(squares_alone, squares_alone[0], IMAGES, LABELS) == squares_alone
+    assert not found.has_pieces
+    assert not found.reaches_beyond_squares
+
+
+def test_a_class_that_moved_away_with_its_square_is_left_at_that() -> None:
+    """It may be nearer than an ordinary one by nature; so much it was not before."""
+    found = examiner(Wide())
+    squares_alone = [squares_unlearned(found, Wide(answer=0.0, faintest=1.15))]
+    assert found.beyond_squares(squares_alone, squares_alone[0], IMAGES, LABELS) == squares_alone
+    assert not found.suspects[0].beyond_square
 
 
 @pytest.mark.parametrize(

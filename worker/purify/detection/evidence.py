@@ -164,10 +164,17 @@ class Suspect:
 
     Attributes:
         signs: Those by which it stands out; none where it is only the first of all.
+        beyond_square: Whether it stayed near when its square was unlearned.
     """
 
     target: int
     signs: frozenset[Sign]
+    beyond_square: bool = False
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the square that leads there is a piece of the trigger, or not all of it."""
+        return Sign.SQUARE in self.signs and (Sign.MARGIN in self.signs or self.beyond_square)
 
     @property
     def by_patch(self) -> bool:
