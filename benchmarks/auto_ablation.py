@@ -88,6 +88,11 @@ def everything_at_once() -> AbstractContextManager[object]:
     return patch.object(examiner.Examiner, "exact", None)
 
 
+def squares_taken_at_their_word() -> AbstractContextManager[object]:
+    """Search no perturbations on a result for squares: whatever there is counts as nothing."""
+    return patch.object(examiner, "NEAR", math.inf)
+
+
 def crops_alone() -> AbstractContextManager[object]:
     """Rewrite with images that are neither pasted into each other nor mixed."""
 
@@ -128,6 +133,7 @@ VARIANTS = {
     "no margins": Variant(patched=functools.partial(without, Sign.MARGIN)),
     "no warps": Variant(patched=functools.partial(without, Sign.WARP)),
     "squares never alone": Variant(patched=everything_at_once),
+    "squares taken at their word": Variant(patched=squares_taken_at_their_word),
     "crops alone": Variant(patched=crops_alone),
     "crops in place of shifts": Variant(patched=crops_always),
     "no waves": Variant(patched=functools.partial(smallest_for, "Waves")),

@@ -23,6 +23,7 @@ PATCHED: tuple[tuple[object, str], ...] = (
     (arsenal, "Waves"),
     (arsenal, "Halves"),
     (examiner, "UNSEEN"),
+    (examiner, "NEAR"),
     (search, "OPENNESS"),
     (evidence, "CUTS"),
     (variants, "SHARPENING_STEPS"),
