@@ -121,14 +121,14 @@ class Waves:
 @dataclass(frozen=True, kw_only=True)
 class Cloud:
     """
-    Add a smooth random field, of as many half waves along each side at most.
+    Add a smooth random field to the image, the sum of few slow cosines.
 
     After the smooth triggers of Zeng et al., "Rethinking the Backdoor Attacks' Triggers: A Frequency
     Perspective", ICCV 2021; theirs is optimised, and this one is random.
 
     Attributes:
         strength: Grey levels that it adds at most; somewhere it adds none.
-        half_waves: The slowest cosines, and how many of them.
+        half_waves: How many cosines along each side, the constant one among them.
     """
 
     seed: int

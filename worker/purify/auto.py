@@ -249,7 +249,7 @@ class TriggerRewriting:
         Return what was unlearned, the results, and the one to take.
 
         Where squares are the trigger they alone are unlearned, and everything only if that is not enough
-        or the trigger seems to be larger, before or after.
+        or the trigger seems to be larger, on the original or when they are unlearned.
         """
         strengths = sorted(self.strengths)
 

@@ -479,6 +479,10 @@ class Examiner:
             candidates: Results under squares alone.
             chosen: The one of them to look at.
             images: To search on, ``(N, C, H, W)``, all that there are.
+            labels: ``(N,)`` int64.
+
+        Raises:
+            NotFinite: The logits are not.
         """
         near = self._nearness(self._fast(self._result(chosen)), images, labels)
         if not any(index >= NEAR for index in near.values()):
