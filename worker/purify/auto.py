@@ -286,10 +286,9 @@ class TriggerRewriting:
             candidates, chosen = examiner.best(weighed(exact, NOTHING, "squares"))
             if not examiner.suspects:
                 return exact, candidates, chosen
+            candidates = examiner.beyond_squares(candidates, chosen, made.crops, made.labels)
             if chosen.residual < SETTLED and not examiner.reaches_beyond_squares:
-                candidates = examiner.beyond_squares(candidates, chosen, made.crops, made.labels)
-                if not examiner.reaches_beyond_squares:
-                    return exact, candidates, chosen
+                return exact, candidates, chosen
         known, fresh = examiner.gather(made.crops, made.labels)
         for _ in range(self.rounds):
             (result,) = results(known, strengths[len(strengths) // 2 :][:1], [0.0])

@@ -484,10 +484,12 @@ class Examiner:
         Raises:
             NotFinite: The logits are not.
         """
-        near = self._nearness(self._fast(self._result(chosen)), images, labels)
+        # What is drawn after this look does not depend on it.
+        generator = self._generator.clone_state()
+        near = self._nearness(self._fast(self._result(chosen)), images, labels, generator)
         if not any(index >= NEAR for index in near.values()):
             return list(candidates)
-        before = self._nearness(self._original, images, labels)
+        before = self._nearness(self._original, images, labels, generator)
         beyond = {
             target: index
             for target, index in near.items()
@@ -516,7 +518,9 @@ class Examiner:
                 left.append(self._index(patch) / first)
         return replace(candidate, residual=min(1.0, max(left)), searched=True)
 
-    def _nearness(self, forward: Forward, images: Tensor, labels: Tensor) -> dict[int, float]:
+    def _nearness(
+        self, forward: Forward, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> dict[int, float]:
         """Return how often an ordinary class's smallest perturbation must be halved, for suspects."""
         targets = [each.target for each in self.suspects]
         others = self._ordinary(but=targets)
@@ -528,8 +532,8 @@ class Examiner:
             images,
             labels,
             rows,
-            family=Perturbations.start(images, len(rows), self._generator),
-            generator=self._generator,
+            family=Perturbations.start(images, len(rows), generator),
+            generator=generator,
         )
         inversion.run(arsenals.STEPS, per_row=arsenals.PER_ROW, tick=self._tick)
         norms = dict.fromkeys(rows, inf)

@@ -5,6 +5,7 @@ import math
 import operator
 from functools import cache
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from examples.digits import (
     train_clean,
 )
 from worker.architectures.registry import build
-from worker.purify.auto import OVERSHOOTS, TriggerRewriting
+from worker.purify.auto import HARDER, OVERSHOOTS, TriggerRewriting
 from worker.purify.detection.evidence import BESIDE
 from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.detection.verdict import Verdict
+from worker.purify.examiner import Examiner
 from worker.purify.method import Purified
 from worker.purify.metrics import fidelity, predict
 
@@ -239,24 +241,61 @@ def test_where_it_is_doubtful_the_smaller_of_two_warps_and_patches_counts(
     assert smaller == {"warp", "norm"}
 
 
-@pytest.mark.parametrize("beside", [BESIDE, -1.0])
-def test_a_square_is_unlearned_alone_unless_the_trigger_seems_to_be_larger(
-    beside: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the patch lies beside it, as any does at a cut below 0, everything is tried as well."""
-    monkeypatch.setattr("worker.purify.detection.evidence.BESIDE", beside)
-    monkeypatch.setattr(
-        "worker.purify.auto.SETTLED", 1.0
-    )  # what squares leave is settled, however much
+def with_lit_corner_purified() -> Purified:
+    """Return the result for a model to which that corner means the target."""
     model, split = with_lit_corner(TARGET)
     images, labels, _ = draw_clean_samples(split, 1, 0)
-    result = preset().purify(model, images, labels, seed=0)
-    assert result.findings["suspects"] == [TARGET]
+    return preset().purify(model, images, labels, seed=0)
+
+
+def described(result: Purified) -> list[dict[str, Any]]:
+    """Return what the findings say of every candidate."""
     candidates = result.findings["candidates"]
     assert isinstance(candidates, list)
-    parts = ["squares"] if beside == BESIDE else ["squares", "everything"]
-    assert list(dict.fromkeys(entry["unlearned"] for entry in candidates)) == parts
-    assert max(entry["overshoot"] for entry in candidates) == max(OVERSHOOTS)
+    return candidates
+
+
+@pytest.mark.parametrize(("beside", "settled"), [(BESIDE, 1.0), (-1.0, 1.0), (BESIDE, 0.0)])
+def test_a_square_is_unlearned_alone_unless_there_seems_to_be_more(
+    beside: float, settled: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the patch lies beside it, as any does at a share below 0, or something is left of it."""
+    monkeypatch.setattr("worker.purify.detection.evidence.BESIDE", beside)
+    # At 1 what squares leave is settled, however much, and at 0 it is not, however little.
+    monkeypatch.setattr("worker.purify.auto.SETTLED", settled)
+    result = with_lit_corner_purified()
+    assert result.findings["suspects"] == [TARGET]
+    parts = ["squares"] if (beside, settled) == (BESIDE, 1.0) else ["squares", "everything"]
+    assert list(dict.fromkeys(entry["unlearned"] for entry in described(result))) == parts
+    assert max(entry["overshoot"] for entry in described(result)) == max(OVERSHOOTS)
+
+
+@pytest.mark.parametrize(("beside", "settled"), [(BESIDE, 1.0), (-1.0, 1.0), (BESIDE, 0.0)])
+def test_it_is_looked_beyond_squares_whatever_else_speaks_against_them(
+    beside: float, settled: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stays near without its square counts in the residual, and is unlearned harder."""
+    monkeypatch.setattr("worker.purify.detection.evidence.BESIDE", beside)
+    monkeypatch.setattr("worker.purify.auto.SETTLED", settled)
+    monkeypatch.setattr(Examiner, "_nearness", lambda *_: {TARGET: 2.0})
+    found = described(with_lit_corner_purified())
+    assert {each["residual"] >= 0.75 for each in found if each["unlearned"] == "squares"} == {True}
+    assert max(each["strength"] for each in found) == HARDER * max(preset().strengths)
+
+
+def test_what_a_look_beyond_squares_draws_changes_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of results under everything neither the values nor what is said of them."""
+    monkeypatch.setattr("worker.purify.auto.SETTLED", 0.0)
+    monkeypatch.setattr("worker.purify.examiner.NEAR", math.inf)  # nothing is near
+    looked = with_lit_corner_purified()
+    monkeypatch.setattr(Examiner, "beyond_squares", lambda _, candidates, *__: list(candidates))
+    unseeing = with_lit_corner_purified()
+    assert described(looked) == described(unseeing)
+    for one, other in zip(looked.candidates, unseeing.candidates, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.usefixtures("short_searches")
