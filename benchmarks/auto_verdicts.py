@@ -26,6 +26,12 @@ DRAWS = (0, 1)
 DIGITS_SEEDS = {"calibration": range(30, 52), "test": range(60, 72)}
 MODELS = {"calibration": zoo.CALIBRATION, "test": zoo.TEST}
 DATA = {None: "digits", CIFAR: "CIFAR", GTSRB: "GTSRB"}
+INDEX = {
+    "patch": "anomaly_index",
+    "margin": "margin_index",
+    "warp": "warp_index",
+    "square": "square_index",
+}
 TARGETS = {
     "test_clean_called_backdoored": "<= 0",
     "test_backdoored_called_clean_share": "<= 0.1",
@@ -54,22 +60,33 @@ def measure(case: Row, *, data: Path, device: str = "cpu", **given: object) -> R
     """
     tried = trial(case["model"], case["seed"], data, device)
     purified, row = run(tried, "auto", seed=case["seed"], **given)
-    top, index = most_suspicious(purified.findings)
+    suspects = purified.findings.get("suspects", [])
     return {
         "truth": str(truth(case["model"])),
-        "top_class": top,
-        "top_index": index,
+        "suspects": suspects,
         # An attack that sends every class to the next one has no one target to be found.
-        "top_is_target": None if tried.target is None else top == tried.target,
+        "suspects_are_target": None if tried.target is None else suspects == [tried.target],
+        "nearest_to_cut": round(nearest_to_cut(purified.findings), 3),
         **row,
     }
 
 
-def most_suspicious(findings: Mapping[str, object]) -> tuple[int, float]:
-    """Return the class that stands out most, and its anomaly index."""
+def nearest_to_cut(findings: Mapping[str, object]) -> float:
+    """
+    Return the highest evidence of all signs and classes, as a share of what speaks for a backdoor.
+
+    From 1 on a model is called `backdoored`; it may be for less, by a patch that is carried over.
+    """
+    cuts = cast("Mapping[str, Mapping[str, float]]", findings["cuts"])
     classes = cast("list[Mapping[str, Any]]", findings["classes"])
-    top = max(classes, key=lambda entry: entry["anomaly_index"])
-    return top["class"], top["anomaly_index"]
+    scattering = cast("Mapping[str, float]", findings["scattering"])
+    shares: list[float] = [
+        entry[INDEX[sign]] / cut["backdoored_from"]
+        for entry in classes
+        for sign, cut in cuts.items()
+        if entry[INDEX[sign]] is not None
+    ]
+    return max([scattering["classes"] / scattering["backdoored_from"], *shares])
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -95,22 +112,26 @@ def _matrix(rows: Sequence[Row], part: str) -> str:
         "truth",
         "runs",
         *(f"called {verdict}" for verdict in Verdict),
-        "target on top",
-        "highest anomaly index, least / median / most",
+        "the target is the only suspect",
+        "highest evidence (1: backdoored), least / median / most",
     )
     return markdown(head, lines)
 
 
 def _counted(rows: Sequence[Row]) -> list[str]:
-    """Return the cells of one line: verdicts, targets that were found, anomaly indices."""
+    """Return the cells of one line: verdicts, targets that were found, evidence."""
     if not rows:
         return [""] * (len(Verdict) + 2)
-    named = [row["top_is_target"] for row in rows if row["top_is_target"] is not None]
-    indices = [row["top_index"] for row in rows]
+    # Rows from before these were measured have neither.
+    named = [
+        row["suspects_are_target"] for row in rows if row.get("suspects_are_target") is not None
+    ]
+    nearest = [row["nearest_to_cut"] for row in rows if "nearest_to_cut" in row]
+    spread = (min(nearest), statistics.median(nearest), max(nearest)) if nearest else ()
     return [
         *(str(sum(row["verdict"] == verdict for row in rows)) for verdict in Verdict),
         f"{sum(named)} of {len(named)}" if named else "–",
-        f"{min(indices):.1f} / {statistics.median(indices):.1f} / {max(indices):.1f}",
+        " / ".join(f"{value:.2f}" for value in spread) or "–",
     ]
 
 

@@ -5,15 +5,28 @@ from pathlib import Path
 import pytest
 
 from benchmarks import awm_digits, zoo
-from benchmarks.auto_verdicts import DIGITS_SEEDS, TARGETS, cases, figures, measure, tables
+from benchmarks.auto_verdicts import (
+    DIGITS_SEEDS,
+    INDEX,
+    TARGETS,
+    cases,
+    figures,
+    measure,
+    nearest_to_cut,
+    tables,
+)
 from benchmarks.harness import Row
 from benchmarks.trials import DIGITS, truth
 from examples.digits import TARGET
 
+CUTS = {"square": 1.0, "patch": 1.3, "margin": 1.3, "warp": 1.4}
+NAMED = "suspects_are_target"
 QUICK = {"steps": 3, "restart_steps": 2, "copies": 1}
 
 
-def row(part: str, model: str, seed: int, verdict: str, index: float, *, top: bool = True) -> Row:
+def row(
+    part: str, model: str, seed: int, verdict: str, nearest: float, *, named: bool = True
+) -> Row:
     """Return a row; of a clean model no class is the target."""
     guilty = truth(model) == "backdoored"
     return {
@@ -22,18 +35,18 @@ def row(part: str, model: str, seed: int, verdict: str, index: float, *, top: bo
         "seed": seed,
         "truth": str(truth(model)),
         "verdict": verdict,
-        "top_index": index,
-        "top_is_target": top if guilty else None,
+        "nearest_to_cut": nearest,
+        "suspects_are_target": named if guilty else None,
     }
 
 
 ROWS = [
-    row("calibration", "digits backdoored", 30, "backdoored", 5.0),
-    row("calibration", "digits backdoored", 31, "clean", 0.5, top=False),
-    row("calibration", "digits backdoored", 32, "inconclusive", 2.0),
-    row("calibration", "digits clean", 30, "backdoored", 3.5),
+    row("calibration", "digits backdoored", 30, "backdoored", 2.5),
+    row("calibration", "digits backdoored", 31, "clean", 0.5, named=False),
+    row("calibration", "digits backdoored", 32, "inconclusive", 0.9),
+    row("calibration", "digits clean", 30, "backdoored", 1.25),
     row("test", "digits clean", 60, "clean", 0.5),
-    row("test", "small_vgg clean, GTSRB", 1, "inconclusive", 1.5),
+    row("test", "small_vgg clean, GTSRB", 1, "inconclusive", 0.75),
 ]
 
 
@@ -51,17 +64,30 @@ def test_the_two_parts_share_neither_a_model_nor_a_seed() -> None:
 
 
 def test_each_verdict_stands_in_the_line_of_its_truth() -> None:
-    """And of its part and its data, with the targets found and the anomaly indices."""
+    """And of its part and its data, with the targets found and how near they came to a cut."""
     calibration, test = tables(ROWS).split("**test part**")
     assert (
-        "| digits | clean | 1 of 22 | 0 | 1 | 0 | – | 3.5 / 3.5 / 3.5 |" in calibration.splitlines()
-    )
-    assert (
-        "| digits | backdoored | 3 of 22 | 1 | 1 | 1 | 2 of 3 | 0.5 / 2.0 / 5.0 |"
+        "| digits | clean | 1 of 22 | 0 | 1 | 0 | – | 1.25 / 1.25 / 1.25 |"
         in calibration.splitlines()
     )
-    assert "| digits | clean | 1 of 12 | 1 | 0 | 0 | – | 0.5 / 0.5 / 0.5 |" in test.splitlines()
-    assert "| GTSRB | clean | 1 of 2 | 0 | 0 | 1 | – | 1.5 / 1.5 / 1.5 |" in test.splitlines()
+    assert (
+        "| digits | backdoored | 3 of 22 | 1 | 1 | 1 | 2 of 3 | 0.50 / 0.90 / 2.50 |"
+        in calibration.splitlines()
+    )
+    assert "| digits | clean | 1 of 12 | 1 | 0 | 0 | – | 0.50 / 0.50 / 0.50 |" in test.splitlines()
+    assert "| GTSRB | clean | 1 of 2 | 0 | 0 | 1 | – | 0.75 / 0.75 / 0.75 |" in test.splitlines()
+
+
+def test_rows_from_before_a_figure_was_measured_count_by_their_verdict() -> None:
+    """Beside newer ones, and by themselves."""
+    older = [
+        {key: value for key, value in each.items() if key not in {"nearest_to_cut", NAMED}}
+        for each in (ROWS[0], {**ROWS[2], "seed": 33})
+    ]
+    line = "| digits | backdoored | 2 of 22 | 0 | 1 | 1 | – | – |"
+    assert line in tables(older).splitlines()
+    line = "| digits | backdoored | 3 of 22 | 1 | 1 | 1 | 0 of 1 | 0.50 / 0.50 / 0.50 |"
+    assert line in tables([*older, ROWS[1]]).splitlines()
 
 
 def test_what_was_not_measured_stays_empty() -> None:
@@ -86,6 +112,31 @@ def test_figures_count_the_errors_of_each_part() -> None:
     assert figures([]).keys() >= TARGETS.keys()
 
 
+@pytest.mark.parametrize(
+    ("sign", "cls", "square", "scattered", "nearest"),
+    [
+        ("anomaly_index", 0, 0.0, 1.3, 1.5),
+        ("margin_index", 1, 0.0, 1.3, 1.5),
+        ("warp_index", 1, 0.0, 1.3, 1.5),
+        ("margin_index", 1, 2.0, 1.3, 2.0),
+        ("margin_index", 1, 0.0, 5.2, 2.0),
+    ],
+)
+def test_the_highest_evidence_is_that_of_any_sign_and_any_class(
+    sign: str, cls: int, square: float, scattered: float, nearest: float
+) -> None:
+    """Each as a share of its own cut; where warps were not searched they are left out."""
+    indices = dict.fromkeys(INDEX.values(), 0.1) | {"warp_index": None}
+    classes = [{**indices}, {**indices, "square_index": square}]
+    classes[cls][sign] = 1.5 * CUTS[next(key for key, name in INDEX.items() if name == sign)]
+    findings = {
+        "classes": classes,
+        "cuts": {key: {"backdoored_from": cut} for key, cut in CUTS.items()},
+        "scattering": {"classes": scattered, "backdoored_from": 2.6},
+    }
+    assert nearest_to_cut(findings) == pytest.approx(nearest)
+
+
 @pytest.mark.parametrize("model", DIGITS)
 def test_a_case_says_what_stood_out_and_whether_that_is_the_target(
     model: str, tmp_path: Path
@@ -96,6 +147,6 @@ def test_a_case_says_what_stood_out_and_whether_that_is_the_target(
     )
     clean = truth(model) == "clean"
     assert found["truth"] == str(truth(model))
-    assert found["top_is_target"] == (None if clean else found["top_class"] == TARGET)
+    assert found["suspects_are_target"] == (None if clean else found["suspects"] == [TARGET])
     assert (found["asr_before"] is None) is clean
-    assert found.keys() >= {"top_index", "verdict", "acc_before", "acc_after", "seconds"}
+    assert found.keys() >= {"nearest_to_cut", "verdict", "acc_before", "acc_after", "seconds"}
