@@ -57,12 +57,7 @@ def database(empty_database: Database) -> Database:
 @pytest.fixture
 def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut those searches of the method `auto` short whose length is no parameter of it."""
-    for name in (
-        "detection.margins.STEPS",
-        "detection.search.WARP_STEPS",
-        "examiner.WARP_STEPS",
-        "arsenal.STEPS",
-    ):
+    for name in ("detection.margins.STEPS", "detection.search.WARP_STEPS", "arsenal.STEPS"):
         monkeypatch.setattr(f"worker.purify.{name}", 2)
     for name in ("detection.margins.GLANCE_STEPS", "detection.search.FIRST_WARP_STEPS"):
         monkeypatch.setattr(f"worker.purify.{name}", 1)

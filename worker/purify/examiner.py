@@ -16,34 +16,19 @@ from torch import Tensor, nn
 
 from worker.purify import arsenal as arsenals
 from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
-from worker.purify.augmentation import shifted
 from worker.purify.batch_norm import absorb_batch_norms
-from worker.purify.detection import margins, squares
 from worker.purify.detection.evidence import (
-    CARRIED_FROM,
-    CUTS,
-    Evidence,
     Sign,
-    judge,
     scatters,
     suspects,
     whole,
 )
 from worker.purify.detection.families import Patches, Perturbations
 from worker.purify.detection.inversion import Forward, Found, Inversion
-from worker.purify.detection.margins import largest_margins
-from worker.purify.detection.search import (
-    OPENNESS,
-    WARP_STEPS,
-    search,
-    search_again,
-    smallest_warps,
-    ticks,
-    worst_warp,
-)
-from worker.purify.detection.squares import best_squares, still_leading
+from worker.purify.detection.look import look, ticks
+from worker.purify.detection.search import OPENNESS
+from worker.purify.detection.squares import still_leading
 from worker.purify.detection.trigger import ELSEWHERE, Field, Trigger
-from worker.purify.detection.verdict import Verdict
 from worker.purify.precision import Precision, autocast_type
 from worker.purify.rewriting import Pairs, Rewritten
 from worker.purify.variants import stamp_variants
@@ -68,7 +53,6 @@ PROBE_IMAGES = 8
 # What tells whether a suspect stays near without its square: docs/decisions/0005-auto.md.
 TO_SUSPECTS, ORDINARY = 2, 9  # perturbations to each, and other classes, of one each
 NEAR, NO_FURTHER = 1.2, 0.7  # index of these on a result, and its share of that on the original
-SHIFTED, OF = 200, 20  # shifted samples, of so many at most, to see whether a patch carries over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +78,8 @@ class Effort:
 
     def ticks(self, image: Tensor, classes: int) -> int:
         """Return how often an examiner ticks."""
-        first = ticks(self.steps, classes) + self.steps + margins.ticks(classes) + 2 * WARP_STEPS
         again = (self.rounds + self.results) * self.restart_steps + 2 * arsenals.STEPS
-        return first + squares.ticks(image, classes) + (1 + self.rounds) * arsenals.TICKS + again
+        return ticks(image, classes, self.steps) + (1 + self.rounds) * arsenals.TICKS + again
 
 
 class Examiner:
@@ -134,7 +117,15 @@ class Examiner:
             work.images.device.type, dtype=autocast, enabled=autocast is not None
         )
         self._original = self._fast(work.model)
-        self.evidence = self._look()
+        self.evidence = look(
+            self._original,
+            work.images,
+            work.labels,
+            classes,
+            steps=effort.steps,
+            generator=generator,
+            tick=counted,
+        )
         self.suspects = suspects(self.evidence)
 
     def finish(self) -> None:
@@ -144,78 +135,6 @@ class Examiner:
     def _pass_over(self, ticks: int) -> None:
         for _ in range(ticks):
             self._tick()
-
-    def _look(self) -> Evidence:
-        """
-        Return what speaks for a backdoor; where that is doubtful, after a second look.
-
-        No warp is searched where a square has told: nothing else would name another class.
-        """
-        work, steps = self._work, self._effort.steps
-        given = (self._original, work.images, work.labels)
-        generator, tick = self._generator, self._tick
-        # What is drawn after the squares does not depend on them.
-        found_squares = best_squares(
-            self._original,
-            work.images,
-            self._classes,
-            generator=generator.clone_state(),
-            tick=tick,
-        )
-        largest = largest_margins(
-            self._original, work.images[0], self._classes, generator=generator, tick=tick
-        )
-        field = search(*given, self._classes, steps=steps, generator=generator, tick=tick)
-        warps = None
-        if not whole(found_squares, largest) and not scatters(found_squares):
-            warps = smallest_warps(field, *given, generator=generator, tick=tick)
-        found = Evidence(
-            squares=found_squares,
-            field=field,
-            margins=largest,
-            warps=warps,
-            worst_warp=worst_warp(work.images),
-        )
-        found = replace(found, carried=self._carried(found))
-        if judge(found) is Verdict.INCONCLUSIVE:
-            again = search_again(field, *given, steps=steps, generator=generator, tick=tick)
-            found = replace(found, field=again)
-            found = replace(found, carried=self._carried(found))
-        if found.warps is not None and judge(found) is Verdict.INCONCLUSIVE:
-            others = smallest_warps(field, *given, generator=generator, tick=tick)
-            smaller = [min(pair) for pair in zip(found.warps, others, strict=True)]
-            found = replace(found, warps=smaller)
-        return found
-
-    def _carried(self, found: Evidence) -> dict[int, float]:
-        """
-        Return the success on shifted samples of the patches whose index alone does not tell.
-
-        Of more than a few samples that of an innocent class carries over as well.
-        """
-        if len(self._work.images) > OF:
-            return {}
-        doubtful = [
-            cls
-            for cls in range(found.classes)
-            if CARRIED_FROM <= found.index(Sign.PATCH, cls) < CUTS[Sign.PATCH].backdoored_from
-        ]
-        if not doubtful:
-            return {}
-        images, _ = shifted(
-            self._work.images,
-            self._work.labels,
-            copies=SHIFTED // len(self._work.images),
-            flip=False,
-            generator=self._generator,
-        )
-        own = logits(self._original, laid_out(images)).argmax(1)
-        carried = {}
-        for cls in doubtful:
-            stamped = laid_out(found.field.triggers[cls].stamp(images[own != cls]))
-            led = logits(self._original, stamped).argmax(1) == cls
-            carried[cls] = float(led.float().mean()) if len(led) else 0.0
-        return carried
 
     @property
     def is_local(self) -> bool:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import operator
 from functools import cache
 from statistics import fmean
 from typing import Any
@@ -206,39 +205,6 @@ def test_an_inconclusive_model_is_not_changed_but_could_be(
     assert all(result.candidates[1:])
     forced = preset(**quick, force=True).purify(model, images, labels, seed=0)
     assert forced.values
-
-
-@pytest.mark.usefixtures("short_searches")
-def test_where_it_is_doubtful_the_smaller_of_two_warps_and_patches_counts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The first look is the same either way."""
-    for module in ("detection.search", "examiner"):
-        monkeypatch.setattr(f"worker.purify.{module}.WARP_STEPS", 40)
-        # Of so small an image no slighter one leads anywhere.
-        monkeypatch.setattr(f"worker.purify.{module}.worst_warp", lambda _: 4.0)
-    model, split = clean()
-    images, labels, _ = draw_clean_samples(split, 1, 0)
-
-    def norms(verdict: Verdict, seed: int) -> dict[str, list[float]]:
-        monkeypatch.setattr("worker.purify.examiner.judge", lambda _: verdict)
-        monkeypatch.setattr("worker.purify.auto.judge", lambda _: Verdict.CLEAN)
-        findings = preset(steps=30).purify(model, images, labels, seed=seed).findings
-        classes = findings["classes"]
-        assert isinstance(classes, list)
-        return {
-            kind: [math.inf if entry[kind] is None else entry[kind] for entry in classes]
-            for kind in ("warp", "norm")
-        }
-
-    smaller = set[str]()
-    for seed in range(4):  # in one of them a second look finds something, by any rounding
-        once, twice = norms(Verdict.CLEAN, seed), norms(Verdict.INCONCLUSIVE, seed)
-        for kind in ("warp", "norm"):
-            assert all(map(operator.le, twice[kind], once[kind]))
-            if twice[kind] != once[kind]:
-                smaller.add(kind)
-    assert smaller == {"warp", "norm"}
 
 
 def with_lit_corner_purified() -> Purified:

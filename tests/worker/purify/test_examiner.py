@@ -240,14 +240,6 @@ def test_what_scatters_is_unlearned_with_squares_that_are_triggers() -> None:
         assert list(map(id, part.patches)) == list(map(id, expected))
 
 
-def test_no_warp_is_searched_where_a_square_has_told() -> None:
-    """Nothing that it could find would name another class; elsewhere there is one for each."""
-    assert examiner().evidence.warps is None
-    plain = examiner(OnePixel(answer=0.0)).evidence.warps
-    assert plain is not None
-    assert len(plain) == PLANTED + 1
-
-
 def test_all_ticks_are_counted_in_the_end() -> None:
     """Also those of what was not searched."""
     count = 0
