@@ -93,7 +93,9 @@ CREATE_JOB: dict[str, Any] = {
 
 TRIGGER_ARRAYS = (
     "Arrays by name, for `numpy.load`: of T triggers `target` (T,), -1 where each class is sent to "
-    "another one, `mask` (T, 1, H, W) and `pattern` (T, C, H, W); of M samples their places in the "
+    "another one, `mask` (T, 1, H, W), `pattern` and `added` (T, C, H, W), and `shift` (T, 2, H, W), in "
+    "pixels to the right and below: an image under a trigger is `(bent * (1 - mask) + pattern * mask + "
+    "added).clip(0, 1)`, where `bent` has each pixel from so far away; of M samples their places in the "
     "uploaded file `sample` (M,), their `label` (M,), and the classes that they get from the model as it "
     "came and as it goes, clean (`clean_before`, `clean_after`, (M,)) and under each trigger "
     "(`stamped_before`, `stamped_after`, (T, M)); the first K of these samples as images, `clean` "
@@ -101,7 +103,9 @@ TRIGGER_ARRAYS = (
 )
 
 TRIGGER_PICTURE = (
-    "Mask, pattern, and the pattern as far as the mask shows it; below them samples of other classes, "
+    "Mask, pattern, and the pattern as far as the mask shows it; or what is added to every pixel; or how "
+    "far to the right and how far below each pixel is taken from (grey is nothing, white and black are "
+    "the most, either way). Below them samples of other classes, "
     "and the same samples under the trigger. Images that have neither one nor three channels are shown "
     "as the mean of their channels."
 )

@@ -1,9 +1,11 @@
 """
 One picture of a trigger: what it is, and samples without it and under it.
 
-The first row holds the mask, the pattern, and the pattern as far as the mask shows it; the second one
-samples, and the third one the same samples under the trigger. Images of one and three channels are shown
-as they are, all others as the mean of their channels.
+The first row holds the mask, the pattern, and the pattern as far as the mask shows it; or what is added
+to every pixel; or from how far to the right and from how far below each pixel is taken: grey is nothing,
+and the most there is, up or down, is white or black. The second row holds samples, and the third one the
+same samples under the trigger. Images of one and three channels are shown as they are, all others as the
+mean of their channels.
 """
 
 import struct
@@ -26,10 +28,9 @@ _GREY = 128
 
 def contact_sheet(arrays: Arrays, number: int) -> Pixels:
     """Return the picture of a trigger ``(H, W, 1)`` or, in colour, ``(H, W, 3)``."""
-    mask, pattern = arrays["mask"][number], arrays["pattern"][number]
     chosen = _shown(arrays, number)
     rows = [
-        [np.broadcast_to(mask, pattern.shape), pattern, pattern * mask],
+        _trigger(arrays, number),
         list(arrays["clean"][chosen]),
         list(arrays["stamped"][number][chosen]),
     ]
@@ -63,6 +64,25 @@ def png(pixels: Pixels) -> bytes:
 def _chunk(kind: bytes, content: bytes) -> bytes:
     checksum = zlib.crc32(kind + content)
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def _trigger(arrays: Arrays, number: int) -> list[Array]:
+    """Return the pictures of what a trigger replaces, adds and moves, as far as it does."""
+    mask, pattern = arrays["mask"][number], arrays["pattern"][number]
+    added, shift = arrays["added"][number], arrays["shift"][number]
+    pictures = []
+    if added.any():
+        pictures.append(_around_grey(added))
+    if shift.any():
+        pictures += [np.broadcast_to(part, pattern.shape) for part in _around_grey(shift)[:, None]]
+    if mask.any() or not pictures:
+        pictures += [np.broadcast_to(mask, pattern.shape), pattern, pattern * mask]
+    return pictures
+
+
+def _around_grey(values: Array) -> Array:
+    grey: Array = 0.5 + 0.5 * values / np.abs(values).max()
+    return grey
 
 
 def _shown(arrays: Arrays, number: int) -> Array:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from common import __version__
 from common.spec import JobSpec
-from worker.purify.detection.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.recovered import Recovered
+from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.method import Purified
 from worker.samples import Samples
 from worker.trials import Tried
@@ -39,8 +40,9 @@ def evidence(purified: Purified | None, tried: Tried) -> Report | None:
     """
     Return what a verdict rests on, or None where nothing was looked for.
 
-    A trigger is given as the pixels that it replaces by more than one grey level: ``[row, column]``,
-    how much of each (``mask``), and the channels' new values in [0, 1] (``pattern``).
+    A patch is given as the pixels that it replaces by more than one grey level: ``[row, column]``, how
+    much of each (``mask``), and the channels' new values in [0, 1] (``pattern``). Of what adds to every
+    pixel, or moves it, only the size is.
 
     Args:
         tried: What its triggers do to the uploader's samples.
@@ -57,15 +59,16 @@ def evidence(purified: Purified | None, tried: Tried) -> Report | None:
     }
 
 
-def _described(trigger: Trigger) -> Report:
+def _described(trigger: Recovered) -> Report:
     """Return a trigger as plain values, the strongest pixels first."""
-    mask = trigger.mask[0].cpu()
+    mask = trigger.mask[0]
     rows, columns = torch.nonzero(mask > 1 / 255, as_tuple=True)
     order = mask[rows, columns].argsort(descending=True, stable=True)[:_MAX_PIXELS_SHOWN]
     rows, columns = rows[order], columns[order]
-    pattern = trigger.pattern.cpu()[:, rows, columns].T
+    pattern = trigger.pattern[:, rows, columns].T
     return {
         "class": None if trigger.target == ELSEWHERE else trigger.target,
+        "kind": str(trigger.kind),
         "norm": round(trigger.norm, 3),
         "success": round(trigger.success, 4),
         "pixels": torch.stack([rows, columns], dim=1).tolist(),

@@ -28,7 +28,7 @@ MAX_VALUES = 1 << 24
 """Values of each kind of picture (triggers, samples, stamped samples), 64 MiB as float32."""
 
 MAX_TRIAL_BYTES = 4 * 4 * MAX_VALUES
-"""More than the file's arrays take: three kinds of picture, and masks."""
+"""More than the file's arrays take: three kinds of picture, and answers."""
 
 NO_TARGET = -1
 """Stands for the target of a trigger that sends each class to another one."""
@@ -55,6 +55,8 @@ def layout(
         "target": (_WHOLE, (triggers,)),
         "mask": (_FLOAT, (triggers, 1, height, width)),
         "pattern": (_FLOAT, (triggers, channels, height, width)),
+        "added": (_FLOAT, (triggers, channels, height, width)),
+        "shift": (_FLOAT, (triggers, 2, height, width)),
         "sample": (_WHOLE, (samples,)),
         "label": (_WHOLE, (samples,)),
         "clean_before": (_WHOLE, (samples,)),
@@ -101,7 +103,7 @@ def read(
         if len(content) != length:
             raise ValueError(f"{name} is shorter than its shape")
         arrays[name] = np.frombuffer(content, dtype).reshape(shape)
-        _check(name, arrays[name], samples if name == "sample" else classes)
+        _check(name, arrays[name], _most(name, image_shape, classes=classes, samples=samples))
     if file.read(1):
         raise ValueError("something behind the last array")
     return arrays
@@ -113,9 +115,16 @@ def write_npz(arrays: Arrays, path: Path) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # no array is named like an option
 
 
-def _check(name: str, array: Array, below: int) -> None:
-    least = NO_TARGET if name == "target" else 0
+def _most(name: str, image_shape: tuple[int, int, int], *, classes: int, samples: int) -> int:
+    """Return the highest value that *name* may hold."""
+    numbers = {"sample": samples - 1, "shift": max(image_shape[1:])}
+    pictures = ("mask", "pattern", "added", "clean", "stamped")
+    return numbers.get(name, 1 if name in pictures else classes - 1)
+
+
+def _check(name: str, array: Array, most: int) -> None:
+    least = {"target": NO_TARGET, "added": -most, "shift": -most}.get(name, 0)
     # A NaN fails both comparisons, which is why they are not turned around.
-    within = (array >= least) & (array <= 1 if array.dtype == _FLOAT else array < below)
+    within = (array >= least) & (array <= most)
     if not within.all():
         raise ValueError(f"{name} holds a value that is out of its range")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from common.artefacts import MAX_TRIGGERS
 from worker import trial_files
-from worker.purify.detection.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.recovered import Recovered
+from worker.purify.detection.trigger import ELSEWHERE
 from worker.trial_files import MAX_SAMPLES, MAX_VALUES, NO_TARGET, Array, Counts, layout
 from worker.yardstick import Network
 
@@ -34,25 +35,25 @@ class Trial:
     Triggers and samples to try them on.
 
     Attributes:
-        triggers: On the CPU, as float32.
         sample: ``(M,)``, the samples' places in the uploader's file.
         images: ``(M, C, H, W)`` in [0, 1].
         labels: ``(M,)``.
         shown: How many of the samples are kept as images, clean and under each trigger.
     """
 
-    triggers: tuple[Trigger, ...]
+    triggers: tuple[Recovered, ...]
     sample: Tensor
     images: Tensor
     labels: Tensor
     shown: int
 
     @classmethod
-    def of(cls, triggers: Sequence[Trigger], images: Tensor, labels: Tensor) -> "Trial":
+    def of(cls, triggers: Sequence[Recovered], images: Tensor, labels: Tensor) -> "Trial":
         """Choose what is tried of *triggers* and of the samples, as far as there is room."""
         channels, height, width = images.shape[1:]
-        room = min(MAX_TRIGGERS, MAX_VALUES // ((channels + 1) * height * width))
-        kept = tuple(_plain(trigger) for trigger in triggers[:room])
+        # Mask and pattern, what is added, and the shift along two sides.
+        of_each = (1 + channels + channels + 2) * height * width
+        kept = tuple(triggers[: min(MAX_TRIGGERS, MAX_VALUES // of_each)])
         values = channels * height * width
         order = _in_turns(labels)[: min(MAX_SAMPLES, MAX_VALUES // values)]
         sample = torch.tensor(order, dtype=torch.int64)
@@ -74,7 +75,7 @@ class Trial:
         if not self.triggers:
             none = torch.zeros(0, dtype=torch.int64)
             return Answers(clean=none, stamped=none)
-        stamped = [network.predict(_stamp(each, self.images), _ignore) for each in self.triggers]
+        stamped = [network.predict(each.stamp(self.images), _ignore) for each in self.triggers]
         return Answers(clean=network.predict(self.images, _ignore), stamped=torch.stack(stamped))
 
 
@@ -103,6 +104,8 @@ class Tried:
             ),
             "mask": torch.stack([trigger.mask for trigger in triggers]),
             "pattern": torch.stack([trigger.pattern for trigger in triggers]),
+            "added": torch.stack([trigger.added for trigger in triggers]),
+            "shift": torch.stack([trigger.shift for trigger in triggers]),
             "sample": trial.sample,
             "label": trial.labels,
             "clean_before": self.before.clean,
@@ -110,7 +113,7 @@ class Tried:
             "stamped_before": self.before.stamped,
             "stamped_after": self.after.stamped,
             "clean": shown,
-            "stamped": torch.stack([_stamp(trigger, shown) for trigger in triggers]),
+            "stamped": torch.stack([trigger.stamp(shown) for trigger in triggers]),
         }
         channels, height, width = trial.images.shape[1:]
         return {
@@ -133,22 +136,6 @@ class Tried:
             return round(float(led_away.float().mean()), 4)
         led = answers.stamped[number][self.trial.labels != target] == target
         return round(float(led.float().mean()), 4) if led.numel() else None
-
-
-def _plain(trigger: Trigger) -> Trigger:
-    def plain(values: Tensor) -> Tensor:
-        return values.detach().to("cpu", torch.float32).clamp(0, 1)
-
-    return Trigger(
-        target=trigger.target,
-        mask=plain(trigger.mask),
-        pattern=plain(trigger.pattern),
-        success=trigger.success,
-    )
-
-
-def _stamp(trigger: Trigger, images: Tensor) -> Tensor:
-    return trigger.stamp(images).clamp(0, 1)  # rounding may lead a hair beyond
 
 
 def _in_turns(labels: Tensor) -> list[int]:

@@ -118,19 +118,30 @@ def test_triggers_are_downloaded_as_arrays(stack: Stack, run: Run) -> None:
 
 
 def test_triggers_are_seen_as_pictures(stack: Stack, run: Run) -> None:
-    """Each picture is a PNG in grey, as the digits are, and shows the mask first, enlarged."""
+    """
+    Each picture is a PNG in grey, as the digits are, and shows first what is done to an image, enlarged.
+
+    That is the mask of a patch, and of a perturbation what is added.
+    """
     with np.load(
         io.BytesIO(get(stack, run.job["links"]["triggers"])), allow_pickle=False
     ) as archive:
-        masks = archive["mask"]
+        masks, added = archive["mask"], archive["added"]
     pictures = run.job["links"]["trigger_images"]
     found = stack.report(run.job)["evidence"]["triggers"]
     assert [trigger["image"] for trigger in found] == pictures
-    for mask, url in zip(masks, pictures, strict=True):
+    assert len(pictures) == len(masks)
+    for number, url in enumerate(pictures):
         with Image.open(io.BytesIO(get(stack, url))) as image:
             assert (image.format, image.mode) == ("PNG", "L")
             pixels = np.asarray(image)
-        assert (pixels[4:100:12, 4:100:12] == np.rint(mask[0] * 255)).all()
+        first = pixels[4:100:12, 4:100:12].astype(int)
+        if found[number]["kind"] == "patch":
+            assert (first == np.rint(masks[number][0] * 255)).all()
+        else:
+            delta = added[number][0]
+            expected = np.rint(127.5 * (1 + delta / np.abs(delta).max()))
+            assert np.abs(first - expected).max() <= 1  # rounding
 
 
 def test_same_job_gives_same_files(stack: Stack) -> None:

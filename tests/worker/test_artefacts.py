@@ -163,6 +163,42 @@ def test_damaged_trial_is_our_fault(
     assert not list(tmp_path.glob("trigger*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "fine"),
+    [
+        ("mask", 1.0, True),
+        ("mask", -0.01, False),
+        ("pattern", 1.01, False),
+        ("added", -1.0, True),
+        ("added", -1.01, False),
+        ("added", 1.01, False),
+        ("added", np.nan, False),
+        ("shift", -8.0, True),  # as many pixels as a side has
+        ("shift", 8.0, True),
+        ("shift", 8.01, False),
+        ("shift", -np.inf, False),
+        ("stamped", -0.01, False),
+        ("sample", 8, True),
+        ("sample", 9, False),
+        ("label", -1, False),
+        ("target", -1, True),
+        ("target", 4, False),
+    ],
+)
+def test_every_number_has_its_range(
+    tmp_path: Path, numbers: dict[str, Any], name: str, value: float, *, fine: bool
+) -> None:
+    """One that is beyond it spoils the whole."""
+    numbers[name].flat[-1] = value
+    (tmp_path / TRIAL).unlink()
+    trial_files.write(numbers, tmp_path / TRIAL)
+    if fine:
+        assert make_trigger_files(tmp_path, TRIED, SPEC)
+    else:
+        with pytest.raises(InternalError, match=f"{name} holds a value"):
+            make_trigger_files(tmp_path, TRIED, SPEC)
+
+
 def test_no_link_in_the_place_of_the_trial_or_of_its_files_is_followed(
     tmp_path: Path, numbers: dict[str, Any]
 ) -> None:

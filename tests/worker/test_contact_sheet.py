@@ -27,6 +27,8 @@ def arrays(
         "target": np.full(triggers, 1),
         "mask": images(triggers, 1),
         "pattern": images(triggers, channels),
+        "added": np.zeros((triggers, channels, side, side), np.float32),
+        "shift": np.zeros((triggers, 2, side, side), np.float32),
         "label": np.arange(shown),
         "clean": images(shown, channels),
         "stamped": images(triggers, shown, channels),
@@ -57,6 +59,34 @@ def test_sheet_shows_mask_pattern_and_samples(channels: int) -> None:
     for column, sample in enumerate((0, 2, 3, 4)):  # 1 is of the trigger's own class
         assert (tile(sheet, 1, column) == pixels(given["clean"][sample])).all()
         assert (tile(sheet, 2, column) == pixels(given["stamped"][1][sample])).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_added_is_shown_around_grey(channels: int) -> None:
+    """The most of it is white, or black, and a trigger that replaces nothing has no mask to show."""
+    given = arrays(channels=channels, triggers=1)
+    given["mask"][:] = 0
+    given["added"][0, 0, 1, 2], given["added"][0, -1, 3, 4] = 0.25, -0.125
+    sheet = contact_sheet(given, 0)
+    assert sheet.shape[1] == 4 * STEP + 4  # as many as the samples have
+    picture = tile(sheet, 0, 0)
+    assert picture[1, 2, 0] == 255
+    assert picture[3, 4, -1] == 64
+    assert (picture[5:] == 128).all()
+    assert (tile(sheet, 0, 1) == 128).all()  # of the ground that is left free
+
+
+def test_how_far_pixels_are_moved_is_shown_around_grey() -> None:
+    """In two pictures: from how far to the right, and from how far below they are taken."""
+    given = arrays(triggers=1)
+    given["mask"][:] = 0
+    given["shift"][0, 0, 1, 2], given["shift"][0, 1, 3, 4] = 3.0, -1.5
+    sheet = contact_sheet(given, 0)
+    across, down = tile(sheet, 0, 0), tile(sheet, 0, 1)
+    assert (across[1, 2] == 255).all()
+    assert (down[3, 4] == 64).all()
+    assert (across[5:] == 128).all()
+    assert (down[5:] == 128).all()
 
 
 def test_pixels_are_enlarged_as_they_are() -> None:

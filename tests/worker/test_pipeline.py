@@ -32,6 +32,7 @@ from worker import checkpoints, trial_files
 from worker.architectures.registry import build
 from worker.normalise import normaliser
 from worker.pipeline import Files, Result, sanitise
+from worker.purify.detection.families import bend
 from worker.purify.detection.verdict import Verdict
 from worker.purify.metrics import predict
 from worker.samples import load_samples
@@ -216,6 +217,7 @@ def test_report_holds_the_evidence_of_a_verdict(job: Job) -> None:
     assert set(found["signs"]) == set(map(str, found["suspects"]))
     assert sum(candidate["chosen"] for candidate in found["candidates"]) == 1
     for trigger in found["triggers"]:
+        assert (trigger["kind"] == "patch") == bool(trigger["pixels"])
         assert len(trigger["pixels"]) == len(trigger["mask"]) == len(trigger["pattern"]) <= 64
         assert trigger["mask"] == sorted(trigger["mask"], reverse=True)
         assert all(0 <= row < 8 and 0 <= column < 8 for row, column in trigger["pixels"])
@@ -268,8 +270,11 @@ def test_triggers_are_tried_on_the_samples(job: Job) -> None:
     for number, trigger in enumerate(evidence["triggers"]):
         target, mask = arrays["target"][number], arrays["mask"][number]
         assert trigger["class"] == target
-        stamped = arrays["clean"] * (1 - mask) + arrays["pattern"][number] * mask
-        assert arrays["stamped"][number] == pytest.approx(stamped, abs=1e-6)
+        moved = torch.tensor(arrays["shift"][number]).expand(len(clean), -1, -1, -1)
+        bent = bend(torch.tensor(arrays["clean"]), moved).numpy()
+        assert (bent != arrays["clean"]).any() == (trigger["kind"] == "warp")
+        stamped = bent * (1 - mask) + arrays["pattern"][number] * mask + arrays["added"][number]
+        assert arrays["stamped"][number] == pytest.approx(stamped.clip(0, 1), abs=1e-6)
         others = arrays["label"] != target
         for moment, model in (("before", before), ("after", after)):
             answers = predict(model, torch.tensor(arrays["stamped"][number])).numpy()

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worker.purify.detection.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.recovered import Recovered
+from worker.purify.detection.trigger import ELSEWHERE, Found, Trigger
 from worker.trial_files import MAX_SAMPLES, MAX_VALUES, NO_TARGET, layout
 from worker.trials import Trial, Tried
 from worker.yardstick import Network
@@ -34,11 +35,25 @@ def network(model: nn.Module) -> Network:
     return Network(model=model.eval(), preprocess=None)
 
 
-def corner(target: int = 2) -> Trigger:
+def corner(target: int = 2) -> Recovered:
     """Return a trigger that makes the corner white."""
     mask, pattern = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
     mask[0, 0, 0] = pattern[0, 0, 0] = 1.0
-    return Trigger(target=target, mask=mask, pattern=pattern, success=1.0)
+    return Recovered.patch(Trigger(target=target, mask=mask, pattern=pattern, success=1.0))
+
+
+def brighter(target: int = 2) -> Recovered:
+    """Return a trigger that adds to the corner as much as it takes."""
+    added = torch.zeros(1, 2, 2)
+    added[0, 0, 0] = 0.9
+    return Recovered.perturbation(Found(target=target, success=1.0, norm=0.9, shapes=(added,)))
+
+
+def moved(target: int = 1) -> Recovered:
+    """Return a trigger that takes every pixel from its left."""
+    shift = torch.zeros(2, 2, 2)
+    shift[0] = -1.0
+    return Recovered.warp(Found(target=target, success=1.0, norm=1.0, shapes=(shift,)), 1)
 
 
 def images(count: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +65,7 @@ def images(count: int) -> tuple[Tensor, Tensor]:
     return found, labels
 
 
-def tried(triggers: list[Trigger], found: Tensor, labels: Tensor) -> Tried:
+def tried(triggers: list[Recovered], found: Tensor, labels: Tensor) -> Tried:
     """Try *triggers* on a network that looks at the corner, and on one that has been cured of it."""
     trial = Trial.of(triggers, found, labels)
     return Tried(
@@ -79,6 +94,28 @@ def test_a_trigger_without_a_target_succeeds_where_it_leads_away() -> None:
     assert done.arrays()["target"].tolist() == [NO_TARGET]
 
 
+def test_what_adds_to_pixels_and_what_moves_them_is_tried_as_well() -> None:
+    """The one makes the corner bright, the other one puts its pixel in place of its neighbour."""
+    done = tried([brighter(), moved()], *images(9))
+    assert done.success(0) == {"success_before": 1.0, "success_after": 0.0}
+    # Of the other classes' images those of 2 have a white corner; it lies beside itself then.
+    assert done.before.stamped[1].tolist() == [0, 0, 2] * 3
+    assert done.after.stamped[1].tolist() == [0, 0, 1] * 3
+    arrays = done.arrays()
+    assert arrays["added"][:, 0, 0, 0].tolist() == [pytest.approx(0.9), 0.0]
+    assert arrays["shift"][:, 0].tolist() == [[[0.0, 0.0]] * 2, [[-1.0, -1.0]] * 2]
+    assert not arrays["mask"].any()
+
+
+def test_anybody_can_stamp_by_the_arrays() -> None:
+    """Where nothing is moved an image under a trigger is a sum of what the arrays hold, clipped."""
+    arrays = tried([corner(), brighter()], *images(9)).arrays()
+    for number in range(2):
+        mask, pattern, added = (arrays[name][number] for name in ("mask", "pattern", "added"))
+        by_hand = (arrays["clean"] * (1 - mask) + pattern * mask + added).clip(0, 1)
+        assert (arrays["stamped"][number] == by_hand).all()
+
+
 def test_what_was_not_tried_is_not_measured() -> None:
     """Neither a trigger beyond the bounds nor one without a sample of another class has a number."""
     unknown = {"success_before": None, "success_after": None}
@@ -101,7 +138,9 @@ def test_every_class_has_its_turn() -> None:
 def test_pictures_have_their_bounds(side: int, given: int) -> None:
     """However many and large they are, no array has more values than there is room for."""
     mask = torch.zeros(1, side, side)
-    trigger = Trigger(target=0, mask=mask, pattern=mask.expand(3, -1, -1), success=1.0)
+    trigger = Recovered.patch(
+        Trigger(target=0, mask=mask, pattern=mask.expand(3, -1, -1), success=1.0)
+    )
     labels = torch.arange(80) % CLASSES
     trial = Trial.of([trigger] * given, mask.expand(80, 3, -1, -1), labels)
     assert len(trial.triggers) <= 16

@@ -10,16 +10,18 @@ a slight warp leads there, such warps are.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from worker.purify.detection.evidence import Sign, Suspect
 from worker.purify.detection.families import Family, Halves, Perturbations, Warps, Waves, bend
-from worker.purify.detection.inversion import Forward, Found, Inversion
-from worker.purify.detection.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.inversion import Forward, Inversion
+from worker.purify.detection.recovered import Recovered
+from worker.purify.detection.trigger import ELSEWHERE, Found, Trigger
 from worker.purify.variants import stamp_variants
 from worker.purify.workpiece import laid_out
 
@@ -87,7 +89,7 @@ class Arsenal:
             )
             inversion.run(STEPS, per_row=PER_ROW, tick=tick)
             found = inversion.found()
-            return [each for each in found if math.isfinite(each.norm)] or found
+            return _successful(found) or found
 
         margins = [each for each in suspects if Sign.MARGIN in each.signs]
         in_parts = [each for each in suspects if each.in_parts]
@@ -119,6 +121,17 @@ class Arsenal:
             # Perturbations cost accuracy, and where no margin speaks the trigger is hardly one.
             patch_turns=1 if margins or in_parts else PATCH_TURNS,
         )
+
+    def recovered(self, channels: int) -> list[Recovered]:
+        """
+        Return every patch, and for each class the smallest perturbation and the smallest warp.
+
+        Args:
+            channels: Of the images.
+        """
+        added = map(Recovered.perturbation, _successful([*self.perturbations, *self.waves]))
+        bent = [Recovered.warp(each, channels) for each in _successful(self.warps)]
+        return [*map(Recovered.patch, self.patches), *_smallest(added), *_smallest(bent)]
 
     def split(self, one_in: int) -> tuple["Arsenal", "Arsenal"]:
         """Return this without every so-manieth perturbation and warp of each class, and these alone."""
@@ -173,6 +186,18 @@ class Arsenal:
 
 
 TICKS = 4 * STEPS
+
+
+def _successful(found: Sequence[Found]) -> list[Found]:
+    return [each for each in found if math.isfinite(each.norm)]
+
+
+def _smallest(found: Iterable[Recovered]) -> list[Recovered]:
+    """Return the smallest one for each class."""
+    smallest = dict[int, Recovered]()
+    for each in sorted(found, key=attrgetter("norm")):
+        smallest.setdefault(each.target, each)
+    return list(smallest.values())
 
 
 def calls_for_patch(suspects: Sequence[Suspect], target: int) -> bool:

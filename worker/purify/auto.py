@@ -177,7 +177,8 @@ class TriggerRewriting:
         ``cuts``, from which indices on a class stands out; ``scattering``, to how many classes one square
         leads, and which share of the images; ``suspects``, and by which ``signs``; ``candidates``, with
         the one that was chosen. ``triggers`` are the patches and squares that were unlearned, or would
-        be, and patches that a warp comes with.
+        be, the smallest perturbation and the smallest warp to each suspect of those that were, and
+        patches that a warp comes with.
 
         The work is done on the device of the model, in float64 for float64 images and in float32
         otherwise. Torch's global generator is neither used nor changed.
@@ -237,7 +238,7 @@ class TriggerRewriting:
                 },
                 "candidates": [_described(each, chosen) for each in candidates],
             },
-            triggers=(*known.patches, *examiner.by_products),
+            triggers=(*known.recovered(images.shape[1]), *examiner.by_products),
             candidates=tuple(candidate.values for candidate in candidates),
             computed_in=examiner.computed_in,
         )

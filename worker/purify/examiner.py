@@ -24,11 +24,12 @@ from worker.purify.detection.evidence import (
     whole,
 )
 from worker.purify.detection.families import Patches, Perturbations
-from worker.purify.detection.inversion import Forward, Found, Inversion
+from worker.purify.detection.inversion import Forward, Inversion
 from worker.purify.detection.look import look, ticks
+from worker.purify.detection.recovered import Recovered
 from worker.purify.detection.search import OPENNESS
 from worker.purify.detection.squares import still_leading
-from worker.purify.detection.trigger import ELSEWHERE, Field, Trigger
+from worker.purify.detection.trigger import ELSEWHERE, Field, Found, Trigger
 from worker.purify.precision import Precision, autocast_type
 from worker.purify.rewriting import Pairs, Rewritten
 from worker.purify.variants import stamp_variants
@@ -191,10 +192,10 @@ class Examiner:
         )
 
     @property
-    def by_products(self) -> list[Trigger]:
+    def by_products(self) -> list[Recovered]:
         """Return the patches that led to suspects where a slight warp does: seen, and not unlearned."""
         return [
-            self.evidence.field.triggers[each.target]
+            Recovered.patch(self.evidence.field.triggers[each.target])
             for each in self.suspects
             if Sign.PATCH in each.signs and not each.by_patch
         ]

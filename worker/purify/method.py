@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from worker.purify.detection.trigger import Trigger
+from worker.purify.detection.recovered import Recovered
 from worker.purify.detection.verdict import Verdict
 from worker.purify.masking import fold, renew
 from worker.purify.metrics import Preprocess
@@ -41,7 +41,7 @@ class Purified:
     computed_in: str = "float32"
     verdict: Verdict | None = None
     findings: Mapping[str, object] = field(default_factory=dict)
-    triggers: tuple[Trigger, ...] = ()
+    triggers: tuple[Recovered, ...] = ()
     candidates: tuple[Mapping[str, Tensor], ...] = ()
 
     def apply(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,8 +10,7 @@ from torch import Tensor
 from worker.purify import arsenal as module
 from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
 from worker.purify.detection.evidence import Sign, Suspect
-from worker.purify.detection.inversion import Found
-from worker.purify.detection.trigger import ELSEWHERE, Trigger
+from worker.purify.detection.trigger import ELSEWHERE, Found, Trigger
 
 IMAGES = 0.2 + 0.6 * torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 4
@@ -135,6 +134,32 @@ def test_a_part_is_held_back_of_every_class() -> None:
     assert (len(kept.patches), len(held.patches)) == (1, 0)
     assert kept.warps == held.warps == shapes[:1]
     assert (kept.waves, held.waves) == (kept.perturbations, held.perturbations)
+
+
+def test_the_smallest_of_each_kind_and_class_is_shown_beside_every_patch() -> None:
+    """Waves are held against other perturbations; what led nowhere is none of them."""
+
+    def of(size: float, target: int, norm: float = 1.0) -> Found:
+        return replace(found(size * torch.ones(1, 8, 8), target), norm=norm)
+
+    shift = torch.ones(2, 8, 8)
+    gathered = Arsenal(
+        patches=[patch(1), patch(1)],
+        perturbations=[of(0.3, 1), of(0.2, 1), of(0.1, 1, norm=math.inf), of(0.5, 2)],
+        waves=[of(0.4, 2, norm=9.0)],
+        warps=[replace(found(2 * shift), norm=2.0), found(shift)],
+    )
+    shown = gathered.recovered(channels=1)
+    assert [(str(each.kind), each.target) for each in shown] == [
+        ("patch", 1),
+        ("patch", 1),
+        ("perturbation", 1),
+        ("perturbation", 2),
+        ("warp", 1),
+    ]
+    assert [float(each.added.max()) for each in shown[2:4]] == pytest.approx([0.2, 0.4])
+    assert torch.equal(shown[4].shift, shift)
+    assert shown[4].added.shape == (1, 8, 8)
 
 
 def test_images_take_the_kinds_in_turn() -> None:

@@ -14,14 +14,13 @@ What differs, and why:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from worker.purify.detection.families import Family
-from worker.purify.detection.trigger import SUCCESS, Trigger
+from worker.purify.detection.trigger import SUCCESS, Found, Trigger
 from worker.purify.errors import NotFinite
 from worker.purify.workpiece import laid_out
 
@@ -31,24 +30,6 @@ BETAS = (0.5, 0.9)  # the reference's
 DEARER, CHEAPER = 1.05, 1 / 1.1
 PRICES = (1e-5, 100.0)
 CHUNK = 256  # images that go through the network at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """
-    Hold the smallest trigger that one row has found.
-
-    Attributes:
-        target: The class it leads to.
-        success: The fraction of the images of other classes that it sends there.
-        norm: Its size, as its family measures it; infinite where it did not succeed.
-        shapes: What it looks like, as its family has it.
-    """
-
-    target: int
-    success: float
-    norm: float
-    shapes: tuple[Tensor, ...]
 
 
 class Inversion:

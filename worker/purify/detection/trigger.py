@@ -1,4 +1,4 @@
-"""Recovered triggers: patches that send images to one class, or each class to another one."""
+"""Recovered triggers: patches and others that send images to one class, or each class to another one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +37,24 @@ class Trigger:
     def stamp(self, images: Tensor) -> Tensor:
         """Return *images* ``(N, C, H, W)`` under the patch."""
         return images * (1 - self.mask) + self.pattern * self.mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """
+    Hold the smallest trigger that one row has found.
+
+    Attributes:
+        target: The class it leads to.
+        success: The fraction of the images of other classes that it sends there.
+        norm: Its size, as its family measures it; infinite where it did not succeed.
+        shapes: What it looks like, as its family has it.
+    """
+
+    target: int
+    success: float
+    norm: float
+    shapes: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

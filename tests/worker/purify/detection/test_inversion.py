@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from worker.purify.detection.families import Family, Patches, Perturbations, Warps
-from worker.purify.detection.inversion import Forward, Found, Inversion
-from worker.purify.detection.trigger import SUCCESS, Trigger
+from worker.purify.detection.inversion import Forward, Inversion
+from worker.purify.detection.trigger import SUCCESS, Found, Trigger
 from worker.purify.errors import NotFinite
 
 IMAGES = 0.6 * torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
