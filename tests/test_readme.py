@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import erase
+from benchmarks import auto_verdicts, erase
 from benchmarks.harness import recorded
 from common.settings import Settings
 from tests.support.stack import REPOSITORY
@@ -37,6 +37,12 @@ def test_erase_tables_are_the_recorded_results() -> None:
     """The tables of what the methods erase are what the benchmark renders of its recorded rows."""
     shown = README.split("<!-- erase -->\n")[1].split("<!-- /erase -->")[0]
     assert shown.strip() == erase.tables(recorded(erase.RESULTS)).strip()
+
+
+def test_verdict_tables_are_the_recorded_results() -> None:
+    """And so are those of how often the verdict was right."""
+    shown = README.split("<!-- verdicts -->\n")[1].split("<!-- /verdicts -->")[0]
+    assert shown.strip() == auto_verdicts.tables(recorded(auto_verdicts.RESULTS)).strip()
 
 
 @pytest.mark.parametrize(
