@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 MAX_CANDIDATES = 21
-"""Candidates of a run: of ``auto`` ten strengths at most, for each of two parts, and the model itself."""
+"""Candidates of a run: of ``auto`` ten strengths at most, for each of two parts, and one more."""
 
 MAX_TRIGGERS = 16
-"""Triggers that there are files of: a run with its presets recovers five for each class it suspects."""
+"""Triggers that there are files of: a run with its presets recovers one to eight for each suspect."""
 
 TRIGGERS = "triggers.npz"
 """The recovered triggers, and what they do to the samples."""
