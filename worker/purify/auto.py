@@ -11,8 +11,8 @@ it finds. How hard to rewrite, and whether with everything that was found, is ch
 that anybody has (``weighing``): fresh triggers on the result, and agreement with the original on images
 made from the samples.
 
-What was tried instead, with numbers, is in docs/decisions/0005-auto.md. No step sees a true trigger, a
-target class, or the success of an attack.
+The rules are in docs/decisions/0005-auto.md, what was tried instead, with numbers, in
+docs/auto-measurements.md. No step sees a true trigger, a target class, or the success of an attack.
 """
 
 import math

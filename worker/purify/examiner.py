@@ -51,7 +51,7 @@ AT_ONCE, HELD_OUT_ONE_IN = 20, 5  # perturbations, waves and warps, on the origi
 HALVES_AT_ONCE = 48  # perturbations of halves, on the original
 AT_ONCE_AGAIN = 8  # on a result
 PROBE_IMAGES = 8
-# What tells whether a suspect stays near without its square: docs/decisions/0005-auto.md.
+# What tells whether a suspect stays near without its square: docs/auto-measurements.md.
 TO_SUSPECTS, ORDINARY = 2, 9  # perturbations to each, and other classes, of one each
 NEAR, NO_FURTHER = 1.2, 0.7  # index of these on a result, and its share of that on the original
 

@@ -2,8 +2,7 @@
 Make many triggers of a recovered one, since what is recovered is only the part that suffices.
 
 The smallest patch that works is a piece of the true trigger, often a few of its pixels; unlearning it
-leaves the whole trigger working: of CIFAR-10 BadNets' 16 pixels 4 are found, and unlearning these with
-one pixel around them left an ASR of 19 to 90 % (docs/decisions/0005-auto.md). So its support is widened
+leaves the whole trigger working: of CIFAR-10 BadNets' 16 pixels 4 are found. So its support is widened
 and its colours are drawn anew, then sharpened on the original model until they lead to the target again.
 """
 

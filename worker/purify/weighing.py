@@ -20,7 +20,7 @@ Unlearned = Literal["nothing", "squares", "everything"]
 CHUNK = 256
 
 # Of the answers that change first the original was right about few: the loss grows with their square.
-# docs/decisions/0005-auto.md has the models that this number was read off.
+# docs/auto-measurements.md has the models that this number was read off.
 LOSS_BY_FLIPS = 5.0
 
 # A trigger is trained to work, and shifts the answer further than the least that suffices.

@@ -8,7 +8,7 @@ smallest warp is, or the class can be driven much further ahead of the others (M
 index counts how often an ordinary class's value must be halved, or doubled, to get there: among ten
 classes the median absolute deviation, which the literature counts in, is itself a matter of chance, and a
 model with two small classes and eight that happen to be alike had a higher index than one with a backdoor
-(docs/decisions/0005-auto.md). The second shows where one square leads images to many classes that
+(docs/auto-measurements.md). The second shows where one square leads images to many classes that
 others of the same place do not lead away.
 """
 
@@ -44,7 +44,7 @@ class Cut:
     clean_below: float
 
 
-# Set on models trained for it: benchmarks/auto_verdicts.py, docs/decisions/0005-auto.md.
+# Set on models trained for it: benchmarks/auto_verdicts.py, docs/auto-measurements.md.
 CUTS: Mapping[Sign, Cut] = {
     Sign.SQUARE: Cut(backdoored_from=1.0, clean_below=0.5),
     Sign.PATCH: Cut(backdoored_from=1.3, clean_below=0.65),
