@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,23 @@ def test_verdict_tables_are_the_recorded_results() -> None:
     """And so are those of how often the verdict was right."""
     shown = README.split("<!-- verdicts -->\n")[1].split("<!-- /verdicts -->")[0]
     assert shown.strip() == auto_verdicts.tables(recorded(auto_verdicts.RESULTS)).strip()
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", each).lower().replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "SECURITY.md", "CHANGELOG.md", "docs"])
+def test_every_link_leads_somewhere(name: str) -> None:
+    """A link to a file of the project names one that is there, and a heading that it has."""
+    top = REPOSITORY / name
+    for page in sorted(top.rglob("*.md")) if top.is_dir() else [top]:
+        links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text())
+        for path, heading in links:
+            linked = (page.parent / path) if path else page
+            assert linked.exists(), (page, path)
+            assert not heading or heading in _anchors(linked), (page, path, heading)
 
 
 @pytest.mark.parametrize(
