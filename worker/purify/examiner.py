@@ -18,6 +18,7 @@ from worker.purify import arsenal as arsenals
 from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
 from worker.purify.batch_norm import absorb_batch_norms
 from worker.purify.detection.evidence import (
+    CUTS,
     Sign,
     scatters,
     suspects,
@@ -427,15 +428,16 @@ class Examiner:
         """
         Return *candidate* with what else leads to the suspects on it.
 
-        That is the highest index of fresh patches, in first ones, where these stood out, and the success
-        of the squares that still lead.
+        That is the success of the squares that still lead, and how far fresh patches stand out beyond
+        what those of a clean model may, as a share of how far the first ones did.
         """
         result = self._result(candidate)
         left = [candidate.residual, *(each.success for each in self._squares_left(result))]
+        ordinary = CUTS[Sign.PATCH].clean_below
         for patch in self._afresh(result, [each.target for each in self.suspects if each.by_patch]):
             first = self.evidence.index(Sign.PATCH, patch.target)
-            if first > 0:
-                left.append(self._index(patch) / first)
+            if first > ordinary:
+                left.append((self._index(patch) - ordinary) / (first - ordinary))
         return replace(candidate, residual=min(1.0, max(left)), searched=True)
 
     def _nearness(

@@ -55,6 +55,16 @@ class Wide(OnePixel):
         return torch.cat([logits[:, :4], (logits[:, 4] + seen)[:, None]], dim=1)
 
 
+class Traded(OnePixel):
+    """Answer 4 where five eighths of a half are bright instead, so far as not for the pixel."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits for five classes."""
+        logits = super().forward(images)
+        seen = leaky_relu(40 * (images[:, 0, 4:, :5].mean((1, 2)) - 0.7), 0.2)
+        return torch.cat([logits[:, :4], (logits[:, 4] + (1 - self.answer) * seen)[:, None]], dim=1)
+
+
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Search as long as so small a network needs."""
@@ -110,9 +120,8 @@ def test_residual_tells_the_backdoor_from_a_result_without_it() -> None:
     assert weighed(found, 0.0).residual < 0.1
 
 
-def test_what_fresh_patches_achieve_is_part_of_the_residual() -> None:
-    """Where nothing that was found works any more, another search may find the way."""
-    found = examiner()
+def searched(found: Examiner, answer: float) -> Candidate:
+    """Return that answer as a result of which nothing is known yet, patches searched afresh."""
     blind = Candidate(
         strength=1.0,
         overshoot=0.0,
@@ -120,10 +129,21 @@ def test_what_fresh_patches_achieve_is_part_of_the_residual() -> None:
         agreement=1.0,
         lost=0.0,
         residual=0.0,
-        values={},
+        values={"answer": torch.tensor(answer)},
     )
-    (searched,), _ = found.best([blind])
-    assert searched.residual > 0.4
+    return found.best([blind])[1]
+
+
+def test_what_fresh_patches_achieve_is_part_of_the_residual() -> None:
+    """Where nothing that was found works any more, another search may find the way."""
+    assert searched(examiner(), 1.0).residual > 0.4
+
+
+def test_a_fresh_patch_that_is_only_somewhat_small_says_nothing() -> None:
+    """Classes of a clean model have such; the search finds one here."""
+    found = examiner(Traded())
+    assert searched(found, 1.0).residual > 0.4
+    assert searched(found, 0.0).residual == 0.0
 
 
 def test_a_square_that_is_the_trigger_is_unlearned_alone() -> None:
