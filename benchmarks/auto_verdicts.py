@@ -122,16 +122,13 @@ def _counted(rows: Sequence[Row]) -> list[str]:
     """Return the cells of one line: verdicts, targets that were found, evidence."""
     if not rows:
         return [""] * (len(Verdict) + 2)
-    # Rows from before these were measured have neither.
-    named = [
-        row["suspects_are_target"] for row in rows if row.get("suspects_are_target") is not None
-    ]
-    nearest = [row["nearest_to_cut"] for row in rows if "nearest_to_cut" in row]
-    spread = (min(nearest), statistics.median(nearest), max(nearest)) if nearest else ()
+    named = [row["suspects_are_target"] for row in rows if row["suspects_are_target"] is not None]
+    nearest = [row["nearest_to_cut"] for row in rows]
+    spread = (min(nearest), statistics.median(nearest), max(nearest))
     return [
         *(str(sum(row["verdict"] == verdict for row in rows)) for verdict in Verdict),
         f"{sum(named)} of {len(named)}" if named else "–",
-        " / ".join(f"{value:.2f}" for value in spread) or "–",
+        " / ".join(f"{value:.2f}" for value in spread),
     ]
 
 

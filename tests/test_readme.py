@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import auto_verdicts, erase
+from benchmarks import auto_ablation, auto_verdicts, erase
 from benchmarks.harness import recorded
 from common.settings import Settings
 from tests.support.stack import REPOSITORY
@@ -34,16 +34,18 @@ def test_every_module_is_in_the_tree() -> None:
                 assert path.name in words or path.stem in words, path
 
 
-def test_erase_tables_are_the_recorded_results() -> None:
-    """The tables of what the methods erase are what the benchmark renders of its recorded rows."""
-    shown = README.split("<!-- erase -->\n")[1].split("<!-- /erase -->")[0]
-    assert shown.strip() == erase.tables(recorded(erase.RESULTS)).strip()
-
-
-def test_verdict_tables_are_the_recorded_results() -> None:
-    """And so are those of how often the verdict was right."""
-    shown = README.split("<!-- verdicts -->\n")[1].split("<!-- /verdicts -->")[0]
-    assert shown.strip() == auto_verdicts.tables(recorded(auto_verdicts.RESULTS)).strip()
+@pytest.mark.parametrize(
+    ("name", "rendered"),
+    [
+        ("erase", erase.tables(recorded(erase.RESULTS))),
+        ("verdicts", auto_verdicts.tables(recorded(auto_verdicts.RESULTS))),
+        ("ablation", auto_ablation.table(recorded(auto_ablation.RESULTS))),
+    ],
+)
+def test_tables_are_the_recorded_results(name: str, rendered: str) -> None:
+    """What the tables say is what the benchmark renders of its recorded rows."""
+    shown = README.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
+    assert shown.strip() == rendered.strip()
 
 
 def _anchors(page: Path) -> set[str]:

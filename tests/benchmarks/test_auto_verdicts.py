@@ -20,7 +20,6 @@ from benchmarks.trials import DIGITS, truth
 from examples.digits import TARGET
 
 CUTS = {"square": 1.0, "patch": 1.3, "margin": 1.3, "warp": 1.4}
-NAMED = "suspects_are_target"
 QUICK = {"steps": 3, "restart_steps": 2, "copies": 1}
 
 
@@ -76,18 +75,6 @@ def test_each_verdict_stands_in_the_line_of_its_truth() -> None:
     )
     assert "| digits | clean | 1 of 12 | 1 | 0 | 0 | – | 0.50 / 0.50 / 0.50 |" in test.splitlines()
     assert "| GTSRB | clean | 1 of 2 | 0 | 0 | 1 | – | 0.75 / 0.75 / 0.75 |" in test.splitlines()
-
-
-def test_rows_from_before_a_figure_was_measured_count_by_their_verdict() -> None:
-    """Beside newer ones, and by themselves."""
-    older = [
-        {key: value for key, value in each.items() if key not in {"nearest_to_cut", NAMED}}
-        for each in (ROWS[0], {**ROWS[2], "seed": 33})
-    ]
-    line = "| digits | backdoored | 2 of 22 | 0 | 1 | 1 | – | – |"
-    assert line in tables(older).splitlines()
-    line = "| digits | backdoored | 3 of 22 | 1 | 1 | 1 | 0 of 1 | 0.50 / 0.50 / 0.50 |"
-    assert line in tables([*older, ROWS[1]]).splitlines()
 
 
 def test_what_was_not_measured_stays_empty() -> None:
