@@ -34,7 +34,7 @@ from worker.purify.augmentation import (
     shifted,
     some,
 )
-from worker.purify.detection import grid, margins, scattering
+from worker.purify.detection import grid, margins, nearness, scattering
 from worker.purify.detection.evidence import CUTS, SCATTERING, Evidence, Sign, judge
 from worker.purify.detection.search import (
     IMAGES_PER_WARP,
@@ -48,9 +48,7 @@ from worker.purify.examiner import (
     AT_ONCE_AGAIN,
     FRESH_PATCHES_PER_STEP,
     HALVES_AT_ONCE,
-    ORDINARY,
     SETTLED,
-    TO_SUSPECTS,
     Effort,
     Examiner,
 )
@@ -149,7 +147,9 @@ class TriggerRewriting:
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
         searches += margins.GLANCE_STEPS * margins.AT_ONCE
         searches += (grid.TRIED + scattering.TRIED) // 3  # these have no backward pass
-        perturbations = HALVES_AT_ONCE + self.rounds * AT_ONCE_AGAIN + 2 * (TO_SUSPECTS + ORDINARY)
+        perturbations = (
+            HALVES_AT_ONCE + self.rounds * AT_ONCE_AGAIN + 2 * (nearness.EACH + nearness.ORDINARY)
+        )
         searches += perturbations * arsenal.STEPS * arsenal.PER_ROW
         searches += again * self.restart_steps * FRESH_PATCHES_PER_STEP
         pool, fewer = (min(images * (1 + self.copies), most) for most in (MAX_POOL, FEWER))

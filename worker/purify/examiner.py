@@ -8,7 +8,7 @@ or the success of an attack.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite, log2
+from math import isfinite
 from statistics import median
 
 import torch
@@ -24,9 +24,10 @@ from worker.purify.detection.evidence import (
     suspects,
     whole,
 )
-from worker.purify.detection.families import Patches, Perturbations
+from worker.purify.detection.families import Patches
 from worker.purify.detection.inversion import Forward, Inversion
 from worker.purify.detection.look import look, ticks
+from worker.purify.detection.nearness import nearness
 from worker.purify.detection.recovered import Recovered
 from worker.purify.detection.search import OPENNESS
 from worker.purify.detection.squares import still_leading
@@ -53,8 +54,7 @@ HALVES_AT_ONCE = 48  # perturbations of halves, on the original
 AT_ONCE_AGAIN = 8  # on a result
 PROBE_IMAGES = 8
 # What tells whether a suspect stays near without its square: docs/auto-measurements.md.
-TO_SUSPECTS, ORDINARY = 2, 9  # perturbations to each, and other classes, of one each
-NEAR, NO_FURTHER = 1.2, 0.7  # index of these on a result, and its share of that on the original
+NEAR, NO_FURTHER = 1.2, 0.7  # index on a result, and its share of that on the original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,38 +443,18 @@ class Examiner:
     def _nearness(
         self, forward: Forward, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> dict[int, float]:
-        """Return how often an ordinary class's smallest perturbation must be halved, for suspects."""
-        targets = [each.target for each in self.suspects]
-        others = self._ordinary(but=targets)
-        if not others:
-            return {}
-        rows = [*targets * TO_SUSPECTS, *others]
-        inversion = Inversion(
+        """Return how near the suspects are, by the smallest perturbations that lead there."""
+        return nearness(
             forward,
             images,
             labels,
-            rows,
-            family=Perturbations.start(images, len(rows), generator),
+            [each.target for each in self.suspects],
+            self.evidence.field,
+            steps=arsenals.STEPS,
+            per_row=arsenals.PER_ROW,
             generator=generator,
+            tick=self._tick,
         )
-        inversion.run(arsenals.STEPS, per_row=arsenals.PER_ROW, tick=self._tick)
-        norms = dict.fromkeys(rows, inf)
-        for each in inversion.found():
-            norms[each.target] = min(norms[each.target], each.norm)
-        ordinary = median([norms[cls] for cls in others])
-        # Where nothing leads to an ordinary class there is nothing to compare with.
-        return {
-            target: log2(ordinary / norms[target]) if isfinite(ordinary) else 0.0
-            for target in targets
-            if isfinite(norms[target])
-        }
-
-    def _ordinary(self, *, but: Sequence[int]) -> list[int]:
-        """Return the classes in the middle of the others, by the norm of their patches."""
-        field = self.evidence.field.triggers
-        others = sorted(set(range(self._classes)) - set(but), key=lambda cls: field[cls].norm)
-        low = max(0, (len(others) - ORDINARY) // 2)
-        return others[low : low + ORDINARY]
 
     def _result(self, candidate: Candidate) -> nn.Module:
         result = copy.deepcopy(self._work.model)
