@@ -39,7 +39,9 @@ def nearness(
         forward: Maps images ``(B, C, H, W)`` to logits.
         images: To search on, ``(N, C, H, W)``.
         labels: ``(N,)`` int64.
+        targets: Classes.
         field: Of the smallest patches; those classes are ordinary that are in the middle of it.
+        steps: Of the search.
         per_row: Images of each perturbation in a step.
         generator: A CPU generator, the only source of randomness.
         tick: Called after each step.
