@@ -16,7 +16,7 @@ docs/auto-measurements.md. No step sees a true trigger, a target class, or the s
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -214,7 +214,13 @@ class TriggerRewriting:
         )
         tick = ticker(progress, effort.ticks(images[0], classes))
         examiner = Examiner(
-            work, classes, effort, precision=self.precision, generator=generator, tick=tick
+            work,
+            classes,
+            effort,
+            layers=layers,
+            precision=self.precision,
+            generator=generator,
+            tick=tick,
         )
         verdict, findings = judge(examiner.evidence), _findings(examiner.evidence)
         if verdict is Verdict.CLEAN and not self.force:
@@ -262,7 +268,7 @@ class TriggerRewriting:
                 clean = clean[: max(FEWER, len(work.images))]
             return rewritten(
                 work.model,
-                _runner(work),
+                work.inputs,
                 examiner.pairs(clean, part),
                 layers,
                 strengths=strengths,
@@ -333,14 +339,6 @@ def _classes(work: Workpiece) -> int:
     if not bool(logits.isfinite().all()):
         raise NotFinite
     return logits.shape[1]
-
-
-def _runner(work: Workpiece) -> Callable[[nn.Module, Tensor], Tensor]:
-    def run(network: nn.Module, images: Tensor) -> Tensor:
-        logits: Tensor = network(work.inputs(images))
-        return logits
-
-    return run
 
 
 def _findings(evidence: Evidence) -> dict[str, object]:

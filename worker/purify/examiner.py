@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from worker.purify import arsenal as arsenals
 from worker.purify.arsenal import Arsenal, calls_for_patch, perturbed, warped
 from worker.purify.batch_norm import absorb_batch_norms
+from worker.purify.cutting import cut_before
 from worker.purify.detection.evidence import (
     CUTS,
     Sign,
@@ -35,7 +36,7 @@ from worker.purify.detection.trigger import ELSEWHERE, Field, Found, Trigger
 from worker.purify.precision import Precision, autocast_type
 from worker.purify.rewriting import Pairs, Rewritten
 from worker.purify.variants import stamp_variants
-from worker.purify.weighing import Candidate, Stamped, Trials, Unlearned, lead, logits
+from worker.purify.weighing import CHUNK, Candidate, Stamped, Trials, Unlearned, lead, logits
 from worker.purify.workpiece import Workpiece, laid_out
 
 MIN_PATCHES = 3  # per trigger and step of a search for the suspects alone
@@ -90,6 +91,7 @@ class Examiner:
 
     Args:
         classes: How many the model tells apart.
+        layers: In which results differ from it.
         generator: A CPU generator, the only source of randomness.
         tick: Called after each step of a search.
     """
@@ -100,6 +102,7 @@ class Examiner:
         classes: int,
         effort: Effort,
         *,
+        layers: Sequence[str],
         precision: Precision,
         generator: torch.Generator,
         tick: Callable[[], None],
@@ -118,7 +121,9 @@ class Examiner:
         self._autocast = torch.autocast(
             work.images.device.type, dtype=autocast, enabled=autocast is not None
         )
-        self._original = self._fast(work.model)
+        absorbed = self._absorbed(work.model)
+        self._original = self._of_images(absorbed)
+        self._cut = cut_before(absorbed, layers, work.inputs(work.images[:PROBE_IMAGES]))
         self.evidence = look(
             self._original,
             work.images,
@@ -337,16 +342,24 @@ class Examiner:
             ]
         answers = logits(self._original, like_samples)
         return Trials(
-            images=held_out,
+            images=self._features(held_out),
             before=logits(self._original, held_out),
             leads=lead(answers, answers.argmax(dim=1)),
             suspects=[each.target for each in self.suspects],
-            stamped=stamped,
+            stamped=[
+                replace(
+                    each,
+                    bare=self._features(each.bare),
+                    images=self._features(each.images),
+                    control=self._features(each.control),
+                )
+                for each in stamped
+            ],
         )
 
     def weigh(self, result: Rewritten, trials: Trials, unlearned: Unlearned) -> Candidate:
         """Return *result* with what speaks for it."""
-        forward = self._fast(result.model)
+        forward = self._forward(self._cut.tail(self._absorbed(result.model)))
         agreement, lost = trials.agreement_and_loss(forward)
         return Candidate(
             strength=result.strength,
@@ -503,16 +516,30 @@ class Examiner:
 
     def _fast(self, model: nn.Module) -> Forward:
         """Return *model* as a function that is quick to call and to differentiate by its input."""
-        work = self._work
-        fast = absorb_batch_norms(model, work.inputs(work.images[:PROBE_IMAGES]))
+        return self._of_images(self._absorbed(model))
 
-        def forward(images: Tensor) -> Tensor:
-            inputs = work.inputs(images)
+    def _of_images(self, network: nn.Module) -> Forward:
+        forward, inputs = self._forward(network), self._work.inputs
+        return lambda images: forward(inputs(images))
+
+    def _absorbed(self, model: nn.Module) -> nn.Module:
+        return absorb_batch_norms(model, self._work.inputs(self._work.images[:PROBE_IMAGES]))
+
+    def _forward(self, network: nn.Module) -> Forward:
+        """Return what *network* gives, in the type of the images."""
+
+        def forward(inputs: Tensor) -> Tensor:
             with self._autocast:
-                logits: Tensor = fast(inputs)
-            return logits.to(images.dtype)
+                logits: Tensor = network(inputs)
+            return logits.to(self._work.images.dtype)
 
         return forward
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Return what goes into the part of results that differs."""
+        with torch.no_grad(), self._autocast:
+            parts = [self._cut.head(self._work.inputs(each)) for each in torch.split(images, CHUNK)]
+        return torch.cat(parts)
 
 
 def _leaders(candidates: Sequence[Candidate], spent: float) -> tuple[int, int]:

@@ -24,19 +24,22 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from worker.purify.cutting import cut_before
 from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.errors import NotFinite
 
 CHUNK = 128  # images that go through both networks at once
+PROBE_IMAGES = 2
 POSITIONS = 24  # of a feature map that a regression sees of each image, spread evenly
 
 Forward = Callable[[Tensor], Tensor]
+Run = Callable[[nn.Module], Forward]  # how to run a network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,7 @@ def rewritable(model: nn.Module, forward: Forward, image: Tensor) -> list[str]:
 
 def rewritten(
     original: nn.Module,
-    run: Callable[[nn.Module, Tensor], Tensor],
+    inputs: Callable[[Tensor], Tensor],
     pairs: Pairs,
     layers: Sequence[str],
     *,
@@ -119,7 +122,7 @@ def rewritten(
 
     Args:
         original: It gives the outputs that are aimed at.
-        run: Runs a network on images.
+        inputs: Makes of images what goes into a network.
         layers: Names that ``rewritable`` gave, in its order.
         strengths: Weights of the stamped images against the clean ones.
         ridge: Weight of the change itself, relative to the mean square of the clean inputs.
@@ -130,6 +133,7 @@ def rewritten(
         NotFinite: A layer's inputs or outputs are not.
     """
     results = [copy.deepcopy(original) for _ in strengths]
+    run, pairs = _from_first(original, inputs, pairs, layers)
     aims = _aims(original, layers, run, pairs.clean)
     beyond = None
     if _gives_logits(original, layers[-1], run, pairs.clean[:1]):
@@ -151,6 +155,25 @@ def rewritten(
             layer = model.get_submodule(layers[-1])
             _solve(layer, sums, strength=strength, ridge=ridge, overshoot=overshoot)
             yield Rewritten(model=model, strength=strength, overshoot=overshoot)
+
+
+def _from_first(
+    original: nn.Module,
+    inputs: Callable[[Tensor], Tensor],
+    pairs: Pairs,
+    layers: Sequence[str],
+) -> tuple[Run, Pairs]:
+    """Return how to run results, and on what: what comes before *layers* is run here, once for all."""
+    cut = cut_before(original, layers, inputs(pairs.clean[:PROBE_IMAGES]))
+    if cut.at is None:
+        return lambda network: lambda images: network(inputs(images)), pairs
+
+    def features(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([cut.head(inputs(chunk)) for chunk in torch.split(images, CHUNK)])
+
+    features_of = replace(pairs, clean=features(pairs.clean), stamped=features(pairs.stamped))
+    return cut.tail, features_of
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -214,27 +237,26 @@ def _spread(rows: Tensor) -> Tensor:
 def _aims(
     original: nn.Module,
     names: Sequence[str],
-    run: Callable[[nn.Module, Tensor], Tensor],
+    run: Run,
     clean: Tensor,
 ) -> list[list[Tensor]]:
     """Return what each layer gives on each chunk of the clean images."""
     layers = [original.get_submodule(name) for name in names]
     aims = [list[Tensor]() for _ in layers]
+    forward = run(original)
     with ExitStack() as stack, torch.no_grad():
         watched = [stack.enter_context(_watching(layer)) for layer in layers]
         for chunk in torch.split(clean, CHUNK):
-            run(original, chunk)
+            forward(chunk)
             for layer, seen, own in zip(layers, watched, aims, strict=True):
                 own.append(_outputs(layer, seen.outputs))
     return aims
 
 
-def _gives_logits(
-    original: nn.Module, name: str, run: Callable[[nn.Module, Tensor], Tensor], image: Tensor
-) -> bool:
+def _gives_logits(original: nn.Module, name: str, run: Run, image: Tensor) -> bool:
     """Whether what a layer gives is what the network answers."""
     with _watching(original.get_submodule(name)) as watched, torch.no_grad():
-        logits = run(original, image)
+        logits = run(original)(image)
     return logits.dim() == 2 and torch.equal(watched.outputs, logits)
 
 
@@ -267,12 +289,12 @@ class _Sums:
 def _sums(
     model: nn.Module,
     name: str,
-    run: Callable[[nn.Module, Tensor], Tensor],
+    run: Run,
     pairs: Pairs,
     aims: Sequence[Tensor],
     beyond: Sequence[Tensor] | None,
 ) -> _Sums:
-    layer = model.get_submodule(name)
+    layer, forward = model.get_submodule(name), run(model)
 
     def over(images: Tensor, beyond: Sequence[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         gram = product = further = torch.zeros((), dtype=torch.float64)
@@ -280,7 +302,7 @@ def _sums(
             for number, (chunk, aim) in enumerate(
                 zip(torch.split(images, CHUNK), aims, strict=True)
             ):
-                run(model, chunk)
+                forward(chunk)
                 inputs = _inputs(layer, watched.inputs)
                 lack = aim - _outputs(layer, watched.outputs)
                 gram = gram + (inputs.T @ inputs).double()

@@ -92,10 +92,10 @@ class Stamped:
 @dataclass(frozen=True, kw_only=True)
 class Trials:
     """
-    Hold what every candidate is tried on.
+    Hold what every candidate is tried on: images, or what the part of a network that they share gives.
 
     Attributes:
-        images: ``(N, C, H, W)``, clean, and near the borders between classes, where a change shows first.
+        images: ``(N, …)``, clean, and near the borders between classes, where a change shows first.
         before: The original's logits on these, ``(N, classes)``.
         leads: By how many logits its first class leads on images that are like the samples, ``(M,)``.
         suspects: The classes that are made harder to reach.

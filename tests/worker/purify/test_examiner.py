@@ -1,6 +1,7 @@
 """What speaks for a result, on a network whose trigger is known."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -81,12 +82,18 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 EFFORT = Effort(steps=90, restarts=2, restart_steps=60, reach=0, rounds=0, results=1)
 
 
-def examiner(network: nn.Module | None = None, tick: Callable[[], None] = lambda: None) -> Examiner:
+def examiner(
+    network: nn.Module | None = None,
+    tick: Callable[[], None] = lambda: None,
+    *,
+    layers: Sequence[str] = (),
+) -> Examiner:
     """Return one that has searched that network, or another one."""
     return Examiner(
         prepare(network or OnePixel(), IMAGES, LABELS, None),
         PLANTED + 1,
         EFFORT,
+        layers=layers,
         precision="float32",
         generator=torch.Generator().manual_seed(0),
         tick=tick,
@@ -110,6 +117,45 @@ def weighed(found: Examiner, answer: float) -> Candidate:
     trials = found.trials(IMAGES, IMAGES, known, fresh)
     candidate = found.weigh(result(OnePixel(answer=answer)), trials, "everything")
     return found.best([candidate])[1]
+
+
+class Convolved(nn.Module):
+    """See the same through a convolution that does nothing, and answer by a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(1, 1, 1, bias=False)
+        self.middle = OnePixel()
+        self.last = nn.Linear(5, 5, bias=False)
+        nn.init.ones_(self.before.weight)
+        nn.init.eye_(self.last.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits for five classes."""
+        logits: Tensor = self.last(self.middle(self.before(images)))
+        return logits
+
+
+def test_candidates_are_weighed_by_what_differs_alone() -> None:
+    """What comes before runs once for all of them, and what speaks for each is what it was."""
+    network = Convolved()
+    changed = copy.deepcopy(network)
+    changed.last.weight.data[4, 4] = 0.3
+    runs = list[int]()
+    for each in (network, changed):
+        each.before.register_forward_hook(lambda _, given, __: runs.append(len(given[0])))
+
+    def found(layers: Sequence[str]) -> tuple[Candidate, int]:
+        examined = examiner(network, layers=layers)
+        trials = examined.trials(IMAGES, IMAGES, *examined.gather(IMAGES, LABELS))
+        runs.clear()
+        return examined.weigh(result(changed), trials, "everything"), len(runs)
+
+    (whole, often), (parts, never) = found([]), found(["last"])
+    assert 0 < whole.lost < 1
+    assert 0 < whole.residual < 1
+    assert replace(parts, values={}) == replace(whole, values={})
+    assert never == 0 < often
 
 
 def test_residual_tells_the_backdoor_from_a_result_without_it() -> None:

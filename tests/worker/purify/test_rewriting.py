@@ -1,16 +1,17 @@
 """Rewrite layers, held against regressions written out."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from worker.purify.cutting import Cut
 from worker.purify.detection.trigger import ELSEWHERE
-from worker.purify.rewriting import Pairs, rewritable, rewritten
+from worker.purify.rewriting import PROBE_IMAGES, Pairs, rewritable, rewritten
 
 
-def run(network: nn.Module, images: Tensor) -> Tensor:
-    """Run a network as it is."""
-    logits: Tensor = network(images)
-    return logits
+def inputs(images: Tensor) -> Tensor:
+    """Take images as they are."""
+    return images
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
@@ -22,7 +23,7 @@ def rewrite(
     before: nn.Module, pairs: Pairs, layers: list[str], *, strength: float, ridge: float
 ) -> nn.Module:
     """Return the network as one strength has it."""
-    (after,) = rewritten(before, run, pairs, layers, strengths=[strength], ridge=ridge)
+    (after,) = rewritten(before, inputs, pairs, layers, strengths=[strength], ridge=ridge)
     return after.model
 
 
@@ -110,13 +111,36 @@ def test_each_strength_has_what_it_would_have_alone() -> None:
     as_it_was = {name: tensor.clone() for name, tensor in before.state_dict().items()}
     pairs = paired(numbers(9, 2, 6, 6, seed=1), numbers(9, 2, 6, 6, seed=2))
     layers = ["0", "2", "4"]
-    together = rewritten(before, run, pairs, layers, strengths=[0.1, 1.0], ridge=0.1)
+    together = rewritten(before, inputs, pairs, layers, strengths=[0.1, 1.0], ridge=0.1)
     for after, strength in zip(together, (0.1, 1.0), strict=True):
         alone = rewrite(before, pairs, layers, strength=strength, ridge=0.1)
         for name, tensor in alone.state_dict().items():
             assert torch.equal(tensor, after.model.state_dict()[name])
             assert not torch.equal(tensor, as_it_was[name])
     assert all(torch.equal(as_it_was[name], t) for name, t in before.state_dict().items())
+
+
+def test_what_comes_before_the_layers_runs_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each image clean and stamped, however many strengths; and the results are what they were."""
+    torch.manual_seed(0)
+    before = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)
+    ).double()
+    pairs = paired(numbers(9, 2, 6, 6, seed=1), numbers(9, 2, 6, 6, seed=2))
+    images_run = list[int]()
+    before[0].register_forward_hook(lambda _, given, __: images_run.append(len(given[0])))
+
+    def results() -> list[nn.Module]:
+        given = (before, inputs, pairs, ["2", "4"])
+        return [each.model for each in rewritten(*given, strengths=[0.1, 1.0], ridge=0.1)]
+
+    once = results()
+    assert sum(images_run) == 2 * len(pairs.clean) + 2 * PROBE_IMAGES  # to see where to cut
+    whole = Cut(head=nn.Identity(), at=None)
+    monkeypatch.setattr("worker.purify.rewriting.cut_before", lambda *_: whole)
+    for after, expected in zip(once, results(), strict=True):
+        for name, tensor in expected.state_dict().items():
+            torch.testing.assert_close(after.state_dict()[name], tensor, rtol=1e-12, atol=1e-14)
 
 
 def test_an_overshoot_aims_beyond_the_clean_answer() -> None:
@@ -134,7 +158,7 @@ def test_an_overshoot_aims_beyond_the_clean_answer() -> None:
     pairs = paired(clean, stamped, targets)
     strength, ridge = 0.3, 0.05
     plain, beyond = rewritten(
-        before, run, pairs, ["1"], strengths=[strength], ridge=ridge, overshoots=(0.0, 2.0)
+        before, inputs, pairs, ["1"], strengths=[strength], ridge=ridge, overshoots=(0.0, 2.0)
     )
     assert [(each.strength, each.overshoot) for each in (plain, beyond)] == [(0.3, 0.0), (0.3, 2.0)]
 
@@ -168,7 +192,7 @@ def test_a_layer_that_gives_no_logits_is_not_driven_beyond() -> None:
     ).double()
     pairs = paired(numbers(9, 1, 4, 4, seed=1), numbers(9, 1, 4, 4, seed=2))
     found = rewritten(
-        before, run, pairs, ["0"], strengths=[0.1, 1.0], ridge=0.1, overshoots=(0.0, 0.5)
+        before, inputs, pairs, ["0"], strengths=[0.1, 1.0], ridge=0.1, overshoots=(0.0, 0.5)
     )
     assert [(each.strength, each.overshoot) for each in found] == [(0.1, 0.0), (1.0, 0.0)]
 
