@@ -39,8 +39,8 @@ def cut_before(network: nn.Module, layers: Sequence[str], probe: Tensor) -> Cut:
     Return where to cut *network*, as late as can be before the first of *layers* runs.
 
     It stays whole where its graph cannot be traced, where nothing but features does not pass from one
-    part to the other anywhere, where features are much larger than inputs, or where the parts answer
-    otherwise than the whole.
+    part to the other anywhere, where features are much larger than inputs, where the parts answer
+    otherwise than the whole, or where the second one changes its features.
 
     Args:
         layers: Names of modules that each run once for an image.
@@ -57,7 +57,10 @@ def cut_before(network: nn.Module, layers: Sequence[str], probe: Tensor) -> Cut:
             good = isinstance(features, Tensor) and len(features) == len(probe)
             if not good or features.numel() > MOST * probe.numel():
                 return whole
-            return cut if torch.equal(cut.tail(network)(features), network(probe)) else whole
+            as_given = features.clone()
+            same = torch.equal(cut.tail(network)(features), network(probe))
+            # What works on its input in place would find it changed the next time.
+            return cut if same and torch.equal(features, as_given) else whole
     except Exception:  # Whatever a model's own forward makes of a symbolic input.
         return whole
 

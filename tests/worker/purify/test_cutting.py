@@ -99,9 +99,20 @@ class Widened(Residual):
         self.last = nn.Linear(6400, 5)
 
 
-@pytest.mark.parametrize("kind", [Deciding, Reminded, Widened])
+class InPlace(Residual):
+    """Add to the features what comes after the cut."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        features = torch.relu(self.stem(images))
+        features.add_(self.second(features))
+        logits: Tensor = self.last(features.flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("kind", [Deciding, Reminded, Widened, InPlace])
 def test_a_network_stays_whole(kind: type[nn.Module]) -> None:
-    """Where it cannot be traced, where nothing passes alone, and where features take too much room."""
+    """Where no cut can be seen or made, where features take much room, or would not stay the same."""
     whole = network(kind)
     cut = cut_before(whole, ["second.0", "last"], PROBE)
     assert cut.at is None
