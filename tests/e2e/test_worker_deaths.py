@@ -1,5 +1,6 @@
 """What the death of a process may cost: time, and nothing else."""
 
+import os
 import signal
 import uuid
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.support.inputs import cnn_state, samples, saved
 from tests.support.servers import PostgresServer, RedisServer
 from tests.support.stack import (
     Stack,
+    command_of,
     distributed_stack,
     embedded_stack,
     job_processes,
@@ -49,8 +51,7 @@ def test_job_of_a_killed_worker_is_finished_once_by_another(tmp_path: Path) -> N
         first = stack.start("first", "worker", "poll")
         job = stack.submit(_files(), method="awm", params=LONG)
         stack.wait_until_running(job)
-        children = job_processes(first.pid)
-        assert children
+        children = wait_for(lambda: job_processes(first.pid) or None)  # one may have just ended
         orphaned = next(stack.scratch.glob("*/job_*"))
         second = stack.start("second", "worker", "poll")
         first.kill()
@@ -180,13 +181,8 @@ def test_celery_worker_leaves_its_job_to_another(
 
 def _busy_children(stack: Stack) -> list[psutil.Process]:
     """Return the job processes that have a job: those that use the processor."""
-    found = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "worker.child" in child.cmdline()
-    ]
-    return [child for child in found if child.cpu_percent(0.5) > 20]
+    return [child for child in job_processes(os.getpid()) if child.cpu_percent(0.5) > 20]
 
 
 def _is_poller(process: psutil.Process) -> bool:
-    return process.cmdline()[1:4] == ["-m", "worker", "poll"]
+    return command_of(process)[1:4] == ["-m", "worker", "poll"]

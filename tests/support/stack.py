@@ -239,5 +239,12 @@ def job_processes(parent: int) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(parent).children(recursive=True)
-        if "worker.child" in child.cmdline()
+        if "worker.child" in command_of(child)
     ]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """Return the command line of a process; that of one that has just ended is empty."""
+    with suppress(psutil.NoSuchProcess):  # a zombie as well
+        return process.cmdline()
+    return []
