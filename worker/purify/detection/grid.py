@@ -11,6 +11,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from worker.purify.detection.trigger import Trigger
 from worker.purify.errors import NotFinite
@@ -21,7 +22,13 @@ Forward = Callable[[Tensor], Tensor]
 SIDES, OF = (1, 2, 3, 4, 5), 32  # pixels, of an image of 32; in larger ones as much more
 MAX_COLOURED = 3  # channels, of which all corners of the colour cube are tried; of more, two
 CHUNK = 256  # images that go through the network at once
-TRIED = 45_000  # about so many, of three channels
+TRIED = 11_000  # groups of them, about, of three channels
+
+# Several are tried at once, on different parts of the image, where there are many.
+FEW = 5_000  # squares, up to which each is tried alone
+TOGETHER = 2  # along each side of the image, at most
+COVERED = 0.1  # of the image, at most
+NOTHING = -1  # in place of a square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,39 @@ class Grid:
     def step(self) -> int:
         """Pixels that are as much of these images as one is of an image of 32."""
         return max(1, min(self.kinds.shape[2:]) // OF)
+
+    def groups(self) -> Tensor:
+        """
+        Return all squares in groups that are tried at once, ``(G, M)``; ``NOTHING`` fills up the rows.
+
+        Those of a group are of one side, far from each other, and each of another kind. Groups at the
+        same places follow each other, as many as there are kinds.
+        """
+        kinds = len(self.kinds)
+        parts = [self._apart(side) for side in torch.unique(self.places[:, 2]).tolist()]
+        most = max(part.shape[1] for part in parts)
+        places = torch.cat(
+            [functional.pad(part, (0, most - part.shape[1]), value=NOTHING) for part in parts]
+        )
+        first, along = (torch.arange(n, device=places.device) for n in (kinds, most))
+        kind = (first[:, None] + along) % kinds  # (kinds, M)
+        numbers = places[:, None] * kinds + kind
+        return torch.where(places[:, None] == NOTHING, NOTHING, numbers).flatten(0, 1)
+
+    def _apart(self, side: int) -> Tensor:
+        """Return the places of squares of *side* in such groups, ``(N, M)``."""
+        places = (self.places[:, 2] == side).nonzero()[:, 0]
+        down, across = (len(torch.unique(self.places[places, axis])) for axis in (0, 1))
+        height, width = self.kinds.shape[2:]
+        along = 1
+        if len(self) > FEW:
+            along = max(1, min(TOGETHER, int((COVERED * height * width) ** 0.5 / side)))
+        high, wide = -(-down // along), -(-across // along)
+        missing = (0, wide * along - across, 0, high * along - down)
+        spread = functional.pad(places.view(down, across), missing, value=NOTHING)
+        # Neighbours in a group are a whole tile apart.
+        tiles = spread.view(along, high, along, wide).permute(1, 3, 0, 2)
+        return tiles.reshape(high * wide, along * along)
 
     def masks(self, numbers: Tensor) -> Tensor:
         """Return which pixels they cover, ``(B, 1, H, W)``."""
@@ -112,8 +152,16 @@ class Grid:
         return found
 
     def margins_under(self, forward: Forward, images: Tensor, numbers: Tensor) -> Tensor:
-        """Return the margins of *images* ``(B, C, H, W)``, each under a square, ``(B, classes)``."""
-        stamped = torch.where(self.masks(numbers), self.patterns(numbers), images)
+        """
+        Return the margins of *images* ``(B, C, H, W)``, each under a square, ``(B, classes)``.
+
+        Args:
+            numbers: ``(B,)``, or ``(B, M)`` for several squares on each, as in ``groups``.
+        """
+        stamped = images
+        for each in numbers.view(len(numbers), -1).unbind(1):
+            there = (each != NOTHING)[:, None, None, None]
+            stamped = torch.where(self.masks(each) & there, self.patterns(each), stamped)
         with torch.no_grad():
             return margins(forward(laid_out(stamped)))
 

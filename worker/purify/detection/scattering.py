@@ -7,7 +7,7 @@ than it was made on.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,15 +17,17 @@ from worker.purify.detection.grid import Forward, Grid, margins
 from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.purify.workpiece import laid_out
 
-LED_AWAY = 1_000  # squares that lead one image away, the same share of those tried on each image
-GLANCE = 10  # images that these are tried on
-BEST, JUDGING = 20, 40  # squares that go on, and on how many other images, shifted ones
+GLANCE = 10  # images that squares are tried on
+FIRST, GOING_ON = 4, 600  # the first of these, after which so many squares go on
+GLANCED = 60  # squares that go on after these
+JUDGING = 40  # other images, shifted ones
+FIRST_JUDGING, BEST = 10, 10  # the first of these, after which so many squares go on
 JUDGED_FROM = 2.0  # classes, from which on others beside the first are tried
 ALIKE, NEARLY = 8, 0.8  # of these, at most so many, that lead to nearly as many as the best
 SURE = 0.25  # of the lead of its own class, by which another one must lead
 LEAST_LEAD = 1e-3  # in logits
 TICKS = 3
-TRIED = 23_000  # images under squares, at most about
+TRIED = 21_000  # images under squares, at most about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ def most_scattering(
     Args:
         forward: Maps images to logits.
         images: ``(N, C, H, W)`` in [0, 1]; of few, shifted copies are made.
-        numbers: What may, in *grid*.
+        numbers: What may, in *grid*; of many a first glance leaves a few.
         generator: A CPU generator, the only source of randomness.
         tick: Called ``TICKS`` times.
 
@@ -73,14 +75,18 @@ def most_scattering(
     copies = -(-(GLANCE + JUDGING) // len(images))
     labels = torch.zeros(len(images), device=images.device)  # nobody asks for these
     more, _ = shifted(images, labels, copies=copies, flip=False, generator=generator)
-    glance = _led(forward, laid_out(more[:GLANCE]), grid, numbers)
+    first = _led(forward, laid_out(more[:FIRST]), grid, numbers)
+    rest = _led(forward, laid_out(more[FIRST:GLANCE]), grid, first.best(GOING_ON))
+    glance = first.only(rest.numbers).joined(rest)
     tick()
-    again = grid.with_other_kinds(glance.best(BEST))
     judging = laid_out(more[-JUDGING:])
-    others = _led(forward, judging, grid, again)
+    again = grid.with_other_kinds(glance.best(GLANCED))
+    first = _led(forward, judging[:FIRST_JUDGING], grid, again)
+    again = grid.with_other_kinds(first.seen(len(grid.kinds)).best(BEST))
+    rest = _led(forward, judging[FIRST_JUDGING:], grid, again)
+    others = first.only(again).joined(rest).seen(len(grid.kinds))
     tick()
-    away = _not_hidden(others.away, len(grid.kinds))
-    classes = _led_to(away, others.to, others.classes)
+    classes = _led_to(others.away, others.to, others.classes)
     row = int(classes.argmax())
     number = int(others.numbers[row])
     alike = list[Trigger]()
@@ -91,19 +97,20 @@ def most_scattering(
     return Scattering(trigger=others.trigger(row, grid), classes=float(classes[row]), alike=alike)
 
 
-def leading_away(left: Tensor, tried_on: Tensor) -> Tensor:
+def leading_away(left: Tensor, tried_on: Tensor, most: int) -> Tensor:
     """
-    Return the squares that lead away furthest what they were tried on.
+    Return the rows of those squares, or groups, that lead away furthest what they were tried on.
 
     Args:
-        left: By how much the image's own class still leads under each square.
+        left: By how much the image's own class still leads under each.
         tried_on: Which image that was. Some are led away more easily than others, so each has its share.
+        most: So many, about.
     """
     which = sorted(set(tried_on.tolist()))
     furthest = []
-    for image in which[:LED_AWAY]:
+    for image in which[:most]:
         own = (tried_on == image).nonzero()[:, 0]
-        share = min(len(own), max(1, LED_AWAY // len(which)))
+        share = min(len(own), max(1, most // len(which)))
         furthest.append(own[left[own].topk(share, largest=False).indices])
     return torch.cat(furthest)
 
@@ -132,6 +139,27 @@ class _Led:
         by_distance = self.left.argsort(stable=True)
         led_to = _led_to(self.away, self.to, self.classes)[by_distance]
         return self.numbers[by_distance[led_to.argsort(descending=True, stable=True)[:count]]]
+
+    def seen(self, kinds: int) -> "_Led":
+        """Return this, of all *kinds* at some places, without what is hidden there (``_not_hidden``)."""
+        return replace(self, away=_not_hidden(self.away, kinds))
+
+    def only(self, numbers: Tensor) -> "_Led":
+        """Return this of the squares *numbers*, in their order."""
+        rows = (self.numbers == numbers[:, None]).int().argmax(1)
+        return replace(
+            self, numbers=numbers, to=self.to[rows], away=self.away[rows], left=self.left[rows]
+        )
+
+    def joined(self, others: "_Led") -> "_Led":
+        """Return this with what the same squares did to other images."""
+        both = self.to.shape[1], others.to.shape[1]
+        return replace(
+            self,
+            to=torch.cat([self.to, others.to], dim=1),
+            away=torch.cat([self.away, others.away], dim=1),
+            left=(both[0] * self.left + both[1] * others.left) / sum(both),
+        )
 
     def alike(self) -> list[int]:
         """Return the rows of those that lead to the most classes, and to nearly as many."""

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from worker.purify.detection import scattering
-from worker.purify.detection.grid import CHUNK, Forward, Grid, margins
+from worker.purify.detection.grid import CHUNK, NOTHING, Forward, Grid, margins
 from worker.purify.detection.scattering import Scattering, leading_away, most_scattering
 from worker.purify.detection.trigger import Trigger
 
+IMAGES_AT_FIRST = 40  # one of these for each
+GOING_ON = 300  # groups that lead furthest to any class, whose squares are tried alone
+LED_AWAY = 2_000  # squares that lead away furthest, the same share of those tried on each image
 EACH = 6  # squares of each class that are tried on more than one image
 KEPT = 60  # squares of each class that are tried again on a result
 IMAGES = 12  # these
@@ -64,7 +67,7 @@ class Squares:
 
 def ticks(image: Tensor, classes: int) -> int:
     """Return how often ``best_squares`` ticks for images like *image*."""
-    return math.ceil(len(Grid.over(image)) / CHUNK) + scattering.TICKS + classes
+    return math.ceil(len(Grid.over(image).groups()) / CHUNK) + scattering.TICKS + classes + 1
 
 
 def best_squares(
@@ -78,13 +81,13 @@ def best_squares(
     """
     Return for each of *classes* the square that leads there best.
 
-    Every square is tried on one image; the best few of each class are tried on more.
+    Every square is tried on one image, together with others; the best few of each class on more.
 
     Args:
         forward: Maps images to logits.
         images: ``(N, C, H, W)`` in [0, 1].
         generator: A CPU generator, the only source of randomness.
-        tick: Called after each chunk of squares, for each class, and thrice for what scatters.
+        tick: Called as often as ``ticks`` says.
 
     Raises:
         NotFinite: The logits are not, or there is no second class to get ahead of.
@@ -93,16 +96,10 @@ def best_squares(
     with torch.no_grad():
         bare = torch.cat([margins(forward(part)) for part in torch.split(images, CHUNK)])
     own = bare.argmax(1)  # what an image is taken for already tells nothing of a square
-    first = _on_one_image(forward, images, own, classes, grid, generator=generator, tick=tick)
-    some = torch.randperm(len(images), generator=generator)[: scattering.JUDGING].to(images.device)
-    most = most_scattering(
-        forward,
-        images[some],
-        grid,
-        leading_away(first.left, first.tried_on),
-        generator=generator,
-        tick=tick,
-    )
+    some = torch.randperm(len(images), generator=generator)[:IMAGES_AT_FIRST].to(images.device)
+    given = (forward, images[some])
+    first = _on_one_image(*given, grid, generator=generator, tick=tick)
+    most = most_scattering(*given, grid, first.away, generator=generator, tick=tick)
     few = some[:IMAGES]
     chosen, middle = _chosen(first.best)
     tried = [_Tried(number=0, margin=-math.inf, success=0.0)] * classes
@@ -164,42 +161,61 @@ class _First:
     Attributes:
         leading: The squares that lead furthest to each class, ``(KEPT, classes)``, numbers in the grid.
         best: The margin of the first of them, ``(classes,)``.
-        left: By how much the image's own class still leads under each square, ``(M,)``.
-        tried_on: Which image that was, ``(M,)``.
+        away: Those that lead away furthest whatever is under them, ``(M,)``.
     """
 
     leading: Tensor
     best: Tensor
-    left: Tensor
-    tried_on: Tensor
+    away: Tensor
 
 
 def _on_one_image(
     forward: Forward,
     images: Tensor,
-    own: Tensor,
-    classes: int,
     grid: Grid,
     *,
     generator: torch.Generator,
     tick: Callable[[], None],
 ) -> _First:
-    device = images.device
-    best = images.new_full((KEPT, classes), -math.inf)
-    leading = torch.zeros(KEPT, classes, dtype=torch.int64, device=device)
-    left = images.new_zeros(len(grid))
-    tried_on = torch.zeros(len(grid), dtype=torch.int64, device=device)
-    for numbers in torch.split(torch.arange(len(grid), device=device), CHUNK):
-        chosen = torch.randint(len(images), (len(numbers),), generator=generator).to(device)
-        found = grid.margins_under(forward, images[chosen], numbers)
-        left[numbers] = found.gather(1, own[chosen][:, None])[:, 0]
-        tried_on[numbers] = chosen
-        found.scatter_(1, own[chosen][:, None], -math.inf)
-        best, order = torch.cat([best, found]).topk(KEPT, dim=0)
-        rows = torch.cat([leading, numbers[:, None].expand(-1, classes)])
-        leading = rows.gather(0, order)
+    """
+    Try all squares, several at once, and those of the groups that lead furthest once more, one by one.
+
+    Ticks after each chunk of groups, and once after the rest.
+    """
+    groups, kinds = grid.groups(), len(grid.kinds)
+    with torch.no_grad():
+        own = torch.cat([forward(part).argmax(1) for part in torch.split(images, CHUNK)])
+    # One image for all kinds at the same places: what these have in common is what they hide.
+    each = torch.randint(len(images), (len(groups) // kinds,), generator=generator)
+    tried_on = each.to(images.device).repeat_interleave(kinds)
+
+    def under(numbers: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the margins of all other classes than the image's own, and of that one."""
+        found = grid.margins_under(forward, images[on], numbers)
+        mine = own[on][:, None]
+        return found.scatter(1, mine, -math.inf), found.gather(1, mine)[:, 0]
+
+    parts = []
+    for which, on in zip(torch.split(groups, CHUNK), torch.split(tried_on, CHUNK), strict=True):
+        parts.append(under(which, on))
         tick()
-    return _First(leading=leading, best=best[0], left=left, tried_on=tried_on)
+    found, left = (torch.cat(each) for each in zip(*parts, strict=True))
+    by_place = left.view(-1, kinds)
+    ordinary = by_place.sort(dim=1).values[:, (kinds - 1) // 2, None]
+    further = (by_place - ordinary).flatten()
+    away = groups[leading_away(further, tried_on, LED_AWAY // groups.shape[1])]
+    singles = groups[:, 0]
+    if groups.shape[1] > 1:
+        chosen, _ = _chosen(found.amax(0))
+        share = min(len(found), max(EACH, GOING_ON // len(chosen)))
+        rows = torch.unique(found[:, chosen].topk(share, dim=0).indices)
+        there = groups[rows] != NOTHING
+        singles, on = groups[rows][there], tried_on[rows][:, None].expand_as(there)[there]
+        again = zip(torch.split(singles, CHUNK), torch.split(on, CHUNK), strict=True)
+        found = torch.cat([under(which, image)[0] for which, image in again])
+    best, order = found.topk(min(KEPT, len(found)), dim=0)
+    tick()
+    return _First(leading=singles[order], best=best[0], away=torch.unique(away[away != NOTHING]))
 
 
 def _chosen(best: Tensor) -> tuple[list[int], list[int]]:

@@ -38,6 +38,33 @@ def test_the_very_square_is_found(
     assert all(found.index(cls) < 1 for cls in range(5) if cls != PLANTED)
 
 
+def test_a_square_is_found_beside_others_that_lead_elsewhere() -> None:
+    """Whichever lie on an image together, each is tried alone before it is named."""
+    planted = answering_to(27, 27, 4, (1.0, 1.0, 1.0))
+    another = answering_to(13, 13, 4, (0.0, 0.0, 0.0))
+
+    def forward(images: Tensor) -> Tensor:
+        return planted(images) + another(images).roll(1, dims=1)
+
+    found = find(forward)
+    for cls, corner in ((PLANTED, 27), (PLANTED + 1, 13)):
+        assert found.triggers[cls].mask.nonzero()[0].tolist() == [0, corner, corner]
+        assert found.triggers[cls].success == 1.0
+
+
+def test_a_network_runs_fewer_images_than_there_are_squares() -> None:
+    """Several are tried at once."""
+    images_run = 0
+
+    def forward(images: Tensor) -> Tensor:
+        nonlocal images_run
+        images_run += len(images)
+        return answering_to(27, 27, 4, (1.0, 1.0, 1.0))(images)
+
+    find(forward)
+    assert images_run < 0.8 * len(Grid.over(IMAGES[0]))
+
+
 def test_chequered_squares_are_tried_in_both_ways() -> None:
     """Of two neighbouring pixels one is black and one is white."""
 
