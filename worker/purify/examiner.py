@@ -163,12 +163,14 @@ class Examiner:
         named = whole(found, self.evidence.margins)
         if scatters(found):
             # There may be two attacks.
-            others = [found.triggers[cls] for cls in named]
+            others = [square for cls in named for square in found.leading_to(cls)]
             triggers = [found.scattering.trigger, *found.scattering.alike, *others]
         else:
             if not set(named).issuperset(each.target for each in self.suspects):
                 return None
-            triggers = [found.triggers[each.target] for each in self.suspects]
+            triggers = [
+                square for each in self.suspects for square in found.leading_to(each.target)
+            ]
         return Arsenal(patches=triggers, perturbations=[], warps=[])
 
     @property
@@ -209,9 +211,10 @@ class Examiner:
     def gather(self, images: Tensor, labels: Tensor) -> tuple[Arsenal, Arsenal]:
         """Return what leads to the suspects, found on *images*: to unlearn, and to try results on."""
         squares_found = [
-            self.evidence.squares.triggers[each.target]
+            square
             for each in self.suspects
             if Sign.SQUARE in each.signs
+            for square in self.evidence.squares.leading_to(each.target)
         ]
         patches = [
             self.evidence.field.triggers[each.target] for each in self.suspects if each.by_patch

@@ -204,6 +204,20 @@ def test_a_square_that_is_the_trigger_is_unlearned_alone() -> None:
     assert found.exact is None
 
 
+def test_squares_at_other_places_that_lead_nearly_as_far_are_unlearned_too() -> None:
+    """Also where squares are not all that is unlearned; those of classes that are no suspects are not."""
+    found = examiner()
+    seen = found.evidence.squares
+    other, foreign = (replace(seen.triggers[cls]) for cls in (PLANTED, PLANTED - 1))
+    elsewhere = {PLANTED: [other], PLANTED - 1: [foreign]}
+    found.evidence = replace(found.evidence, squares=replace(seen, elsewhere=elsewhere))
+    assert found.exact is not None
+    known, _ = found.gather(IMAGES, LABELS)
+    for patches in (found.exact.patches, known.patches[:2]):
+        assert list(map(id, patches)) == list(map(id, [seen.triggers[PLANTED], other]))
+    assert foreign not in known.patches
+
+
 def test_a_trigger_reaches_beyond_a_square_that_leads_to_a_suspect() -> None:
     """Where its patch does not lie there; what other classes' squares and patches do says nothing."""
     found = examiner()

@@ -45,11 +45,12 @@ METHODS: dict[str, Method] = {
 # The order of the images does not matter in the one step of a full batch.
 RANDOM = METHODS.keys() - {"clp", "fine_tuning, statistics kept"}
 STEPS = {
-    # Squares (one chunk of them and the best alone, three for what scatters, and four classes); margins
-    # (one step at a glance, and two), patches twice, warps twice; what leads to the suspects, at first
-    # and in a round; then patches on the result of that round, and of each strength, for squares alone
-    # and for all; and perturbations on a result for squares, and on the original.
-    "auto": (2 + 3 + 4) + (1 + 2) + 2 * 3 + 2 * 2 + (1 + 1) * (4 * 2) + (1 + 2 * 2) * 2 + 2 * 2,
+    # Squares (one chunk of them and the best alone, three for what scatters, four classes, and what
+    # lies around the best); margins (one step at a glance, and two), patches twice, warps twice; what
+    # leads to the suspects, at first and in a round; then patches on the result of that round, and of
+    # each strength, for squares alone and for all; and perturbations on a result for squares, and on
+    # the original.
+    "auto": (2 + 3 + 4 + 1) + (1 + 2) + 2 * 3 + 2 * 2 + (1 + 1) * (4 * 2) + (1 + 2 * 2) * 2 + 2 * 2,
     # AWM: 4 steps in each half of 2 epochs, from 24 images with their copies.
     "awm": 2 * 2 * 2 * 4,
     "clp": 3,

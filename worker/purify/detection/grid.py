@@ -20,6 +20,7 @@ from worker.purify.workpiece import laid_out
 Forward = Callable[[Tensor], Tensor]
 
 SIDES, OF = (1, 2, 3, 4, 5), 32  # pixels, of an image of 32; in larger ones as much more
+STRIDE = 4  # pixels, of an image of 32; larger ones are multiples of it mostly
 MAX_COLOURED = 3  # channels, of which all corners of the colour cube are tried; of more, two
 CHUNK = 256  # images that go through the network at once
 TRIED = 11_000  # groups of them, about, of three channels
@@ -149,6 +150,20 @@ class Grid:
             first + side <= first[place] + side[place] + step
         )
         found: Tensor = inside.all(1).nonzero()[:, 0] * len(self.kinds) + kind
+        return found
+
+    def steps_away(self, number: int) -> Tensor:
+        """
+        Return the squares like *number* that lie whole strides away, itself too.
+
+        A network that goes by strides of so many pixels answers to the same there, but for the edges.
+        """
+        place, kind = divmod(number, len(self.kinds))
+        apart = (self.places - self.places[place]) % torch.tensor(
+            [STRIDE * self.step, STRIDE * self.step, self.places.max() + 1],
+            device=self.places.device,
+        )
+        found: Tensor = (apart == 0).all(1).nonzero()[:, 0] * len(self.kinds) + kind
         return found
 
     def margins_under(self, forward: Forward, images: Tensor, numbers: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ another one (``scattering``).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from worker.purify.detection import scattering
 from worker.purify.detection.grid import CHUNK, NOTHING, Forward, Grid, margins
@@ -27,6 +28,8 @@ IMAGES_AT_FIRST = 40  # one of these for each
 GOING_ON = 300  # groups that lead furthest to any class, whose squares are tried alone
 LED_AWAY = 2_000  # squares that lead away furthest, the same share of those tried on each image
 EACH = 6  # squares of each class that are tried on more than one image
+REFINED = 5  # classes of which all squares around the best one are tried as well
+NEARLY, ELSEWHERE_AT_MOST = 0.7, 4  # of the margin of the best one, and squares at other places
 KEPT = 60  # squares of each class that are tried again on a result
 IMAGES = 12  # these
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
@@ -47,6 +50,8 @@ class Squares:
         grid: All squares.
         leading: Those that lead furthest to each class on one image, ``(KEPT, classes)``, numbers in
             ``grid``.
+        elsewhere: Others at other places that lead nearly as far. A network that goes by steps of several
+            pixels may answer to its trigger there as well.
     """
 
     triggers: Sequence[Trigger]
@@ -56,6 +61,11 @@ class Squares:
     scattering: Scattering
     grid: Grid
     leading: Tensor
+    elsewhere: Mapping[int, Sequence[Trigger]]
+
+    def leading_to(self, cls: int) -> list[Trigger]:
+        """Return the best square, and those elsewhere."""
+        return [self.triggers[cls], *self.elsewhere.get(cls, ())]
 
     def index(self, cls: int) -> float:
         """Return how often an ordinary rise must be doubled; 0 where no square leads to the class."""
@@ -67,7 +77,7 @@ class Squares:
 
 def ticks(image: Tensor, classes: int) -> int:
     """Return how often ``best_squares`` ticks for images like *image*."""
-    return math.ceil(len(Grid.over(image).groups()) / CHUNK) + scattering.TICKS + classes + 1
+    return math.ceil(len(Grid.over(image).groups()) / CHUNK) + scattering.TICKS + classes + 2
 
 
 def best_squares(
@@ -81,7 +91,8 @@ def best_squares(
     """
     Return for each of *classes* the square that leads there best.
 
-    Every square is tried on one image, together with others; the best few of each class on more.
+    Every square is tried on one image, together with others; the best few of each class on more, and
+    what lies around the best of all.
 
     Args:
         forward: Maps images to logits.
@@ -101,13 +112,22 @@ def best_squares(
     first = _on_one_image(*given, grid, generator=generator, tick=tick)
     most = most_scattering(*given, grid, first.away, generator=generator, tick=tick)
     few = some[:IMAGES]
+    seen = (forward, images[few], own[few], grid)
     chosen, middle = _chosen(first.best)
     tried = [_Tried(number=0, margin=-math.inf, success=0.0)] * classes
     for cls in range(classes):
         if cls in chosen:
-            numbers = first.leading[:EACH, cls]
-            tried[cls] = _better(forward, images[few], own[few], grid, numbers, cls)
+            tried[cls] = _better(*seen, first.leading[:EACH, cls], cls)
         tick()
+    ahead = [cls for cls in chosen if tried[cls].margin > 0]
+    elsewhere = dict[int, list[Trigger]]()
+    for cls in sorted(ahead, key=lambda cls: -tried[cls].margin)[:REFINED]:
+        # Of those that overlap the true one, or lie where it is answered to as well, chance may have
+        # chosen another.
+        tried[cls] = _better(*seen, grid.steps_away(tried[cls].number), cls)
+        tried[cls] = _better(*seen, grid.within(tried[cls].number), cls)
+        elsewhere[cls] = _elsewhere(*seen, cls, best=tried[cls])
+    tick()
     return Squares(
         triggers=[
             grid.trigger(each.number, cls, success=each.success) for cls, each in enumerate(tried)
@@ -118,6 +138,7 @@ def best_squares(
         scattering=most,
         grid=grid,
         leading=first.leading,
+        elsewhere=elsewhere,
     )
 
 
@@ -244,7 +265,40 @@ def _better(
     if not len(foreign):
         return _Tried(number=int(numbers[0]), margin=-math.inf, success=0.0)
     found = grid.margins_under_each(forward, foreign, numbers)[..., cls]
-    row = int(found.mean(1).argmax())
+    return _tried(numbers, found, int(found.mean(1).argmax()))
+
+
+def _elsewhere(
+    forward: Forward,
+    images: Tensor,
+    own: Tensor,
+    grid: Grid,
+    cls: int,
+    *,
+    best: _Tried,
+) -> list[Trigger]:
+    """Return the squares whole strides away that lead nearly as far as the *best*, all apart."""
+    numbers = grid.steps_away(best.number)
+    found = grid.margins_under_each(forward, images[own != cls], numbers)[..., cls]
+    taken, others = _around(grid, best.number), list[Trigger]()
+    for row in found.mean(1).argsort(descending=True).tolist():
+        each = _tried(numbers, found, row)
+        if each.margin < NEARLY * best.margin or len(others) == ELSEWHERE_AT_MOST:
+            break
+        square = grid.trigger(each.number, cls, success=each.success)
+        if not bool((taken * square.mask).any()):
+            taken = taken + _around(grid, each.number)
+            others.append(square)
+    return others
+
+
+def _around(grid: Grid, number: int) -> Tensor:
+    """Return a square's mask with what touches it: in a larger trigger any square leads nearly as far."""
+    mask = grid.masks(torch.tensor([number], device=grid.places.device)).to(grid.kinds.dtype)
+    return functional.max_pool2d(mask, 2 * grid.step + 1, stride=1, padding=grid.step)[0]
+
+
+def _tried(numbers: Tensor, found: Tensor, row: int) -> _Tried:
     return _Tried(
         number=int(numbers[row]),
         margin=float(found[row].mean()),

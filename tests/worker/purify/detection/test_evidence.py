@@ -63,6 +63,7 @@ def squares(*indices: float) -> Squares:
         scattering=scattering(2.0),
         grid=Grid(places=torch.zeros(1, 3, dtype=torch.int64), kinds=torch.zeros(1, 3, 10, 10)),
         leading=torch.zeros(1, len(indices), dtype=torch.int64),
+        elsewhere={},
     )
 
 

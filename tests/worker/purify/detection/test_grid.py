@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.purify.detection.grid import FEW, NOTHING, SIDES, TRIED, Grid, margins
+from worker.purify.detection.grid import FEW, NOTHING, SIDES, STRIDE, TRIED, Grid, margins
 
 SMALL = torch.zeros(3, 32, 32)
 
@@ -59,6 +59,22 @@ def test_few_squares_are_tried_one_by_one() -> None:
     grid = Grid.over(torch.zeros(1, 8, 8))
     assert len(grid) <= FEW
     assert grid.groups().tolist() == [[number] for number in range(len(grid))]
+
+
+@pytest.mark.parametrize(("size", "step"), [((32, 32), 1), ((64, 64), 2)])
+def test_squares_whole_strides_away_are_like_it(size: tuple[int, int], step: int) -> None:
+    """Of its kind and side, wherever both distances are multiples of a stride."""
+    grid = Grid.over(torch.zeros(3, *size))
+    number = 7 + len(grid.kinds) * int(
+        (grid.places == torch.tensor([10 * step, 3 * step, 4 * step])).all(1).nonzero()
+    )
+    found = grid.steps_away(number)
+    assert number in found.tolist()
+    assert (found % len(grid.kinds) == 7).all()
+    places = grid.places[found // len(grid.kinds)]
+    tops = [step * top for top in range(2, 29, STRIDE)]
+    lefts = [step * left for left in range(3, 29, STRIDE)]
+    assert places.tolist() == [[top, left, 4 * step] for top in tops for left in lefts]
 
 
 def test_several_squares_lie_on_an_image_at_once() -> None:

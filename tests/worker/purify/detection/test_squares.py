@@ -52,6 +52,36 @@ def test_a_square_is_found_beside_others_that_lead_elsewhere() -> None:
         assert found.triggers[cls].success == 1.0
 
 
+@pytest.mark.parametrize(("top", "left"), [(19, 27), (27, 15), (3, 3)])
+def test_where_a_network_answers_strides_away_as_well_both_squares_are_found(
+    top: int, left: int
+) -> None:
+    """One of them is the best, and the other lies elsewhere; what leads to a class is both."""
+    white = (1.0, 1.0, 1.0)
+    here, there = answering_to(27, 27, 4, white), answering_to(top, left, 4, white)
+    found = find(lambda images: torch.maximum(here(images), there(images)))
+    squares = found.leading_to(PLANTED)
+    assert squares[0] is found.triggers[PLANTED]
+    corners = {tuple(each.mask.nonzero()[0].tolist()) for each in squares}
+    assert corners == {(0, 27, 27), (0, top, left)}
+    assert all((each.target, each.success) == (PLANTED, 1.0) for each in squares)
+    assert len(found.leading_to(PLANTED + 1)) == 1
+
+
+def test_a_piece_of_a_larger_trigger_has_none_elsewhere() -> None:
+    """Every square in it leads as far; those that touch the best one tell nothing new."""
+
+    def forward(images: Tensor) -> Tensor:
+        logits = images[:, 0].flatten(1)[:, :5] / 10
+        white = (images[:, :, 10:19, 10:19] == 1).all(1).flatten(1).sum(1)
+        logits[:, PLANTED] += AHEAD * (white >= 20)
+        return logits
+
+    found = find(forward)
+    assert found.triggers[PLANTED].mask[0, 10:19, 10:19].sum() >= 20
+    assert found.leading_to(PLANTED) == [found.triggers[PLANTED]]
+
+
 def test_a_network_runs_fewer_images_than_there_are_squares() -> None:
     """Several are tried at once."""
     images_run = 0
