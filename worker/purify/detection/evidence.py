@@ -157,6 +157,22 @@ def scatters(squares: Squares) -> bool:
     return squares.scattering.classes >= SCATTERING.backdoored_from
 
 
+def has_told(evidence: Evidence) -> bool:
+    """
+    Whether the class is known without its warp.
+
+    That is where a square is the trigger, or leads each class to another one, or where two other signs
+    agree, a margin one of them. On models on which warps were searched nevertheless these were all
+    ordinary (docs/auto-measurements.md).
+    """
+    agreed = any(
+        evidence.stands_out(Sign.MARGIN, cls)
+        and (evidence.stands_out(Sign.PATCH, cls) or evidence.stands_out(Sign.SQUARE, cls))
+        for cls in range(evidence.classes)
+    )
+    return agreed or scatters(evidence.squares) or bool(whole(evidence.squares, evidence.margins))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Suspect:
     """

@@ -17,9 +17,8 @@ from worker.purify.detection.evidence import (
     CUTS,
     Evidence,
     Sign,
+    has_told,
     judge,
-    scatters,
-    whole,
 )
 from worker.purify.detection.inversion import Forward
 from worker.purify.detection.verdict import Verdict
@@ -48,7 +47,7 @@ def look(
     """
     Return what speaks for a backdoor; where that is doubtful, after a second look.
 
-    No warp is searched where a square has told: nothing else would name another class.
+    No warp is searched where something else has told for certain.
 
     Args:
         forward: Maps images ``(B, C, H, W)`` to logits ``(B, classes)``.
@@ -68,16 +67,16 @@ def look(
     )
     largest = margins.largest_margins(forward, images[0], classes, generator=generator, tick=tick)
     field = search.search(*given, classes, steps=steps, generator=generator, tick=tick)
-    warps = None
-    if not whole(found_squares, largest) and not scatters(found_squares):
-        warps = search.smallest_warps(field, *given, generator=generator, tick=tick)
     found = Evidence(
         squares=found_squares,
         field=field,
         margins=largest,
-        warps=warps,
+        warps=None,
         worst_warp=search.worst_warp(images),
     )
+    if not has_told(found):
+        warps = search.smallest_warps(field, *given, generator=generator, tick=tick)
+        found = replace(found, warps=warps)
     found = replace(found, carried=_carried(found, forward, images, labels, generator))
     if judge(found) is Verdict.INCONCLUSIVE:
         again = search.search_again(field, *given, steps=steps, generator=generator, tick=tick)

@@ -30,8 +30,8 @@ AT_ONCE = 100
 GLANCE_STEPS = 30
 AFTER_GLANCE = 50
 
-WARP_STEPS, FIRST_WARP_STEPS = 200, 60
-WARPS_EACH, SMALLEST_WARPS = 2, 8  # per class at first, and in all after the first steps
+WARP_STEPS, FIRST_WARP_STEPS = 150, 40
+WARPS_EACH, SMALLEST_WARPS = 2, 5  # per class at first, and in all after the first steps
 FEW = 20  # classes, up to which each has as many
 IMAGES_PER_WARP = 8  # of fewer all may be led astray by chance, at any norm
 # The attack itself fails on one image of four or so, and how much more it takes to lead the last of a

@@ -18,6 +18,7 @@ from worker.purify.detection.evidence import (
     Evidence,
     Sign,
     anomaly_index,
+    has_told,
     judge,
     suspects,
 )
@@ -343,3 +344,20 @@ def test_a_patch_beside_the_largest_square_speaks_of_a_larger_trigger(
     )
     assert seen.index(Sign.PATCH, 0) == pytest.approx(index)
     assert seen.reaches_beyond_square(0) is beyond
+
+
+def test_a_class_is_known_by_a_whole_square_or_by_a_margin_and_another_sign() -> None:
+    """Or where one square leads to all. One sign alone may be a by-product, or two of two classes."""
+    stands_out = (0.0, 5.0, *(0.0,) * 6)
+    another = (5.0, *(0.0,) * 7)
+    assert has_told(evidence(margin=stands_out, patch=stands_out))
+    assert not has_told(evidence(margin=stands_out))
+    assert not has_told(evidence(patch=stands_out))
+    assert not has_told(evidence(warp=stands_out, patch=stands_out))
+    assert not has_told(evidence(margin=stands_out, patch=another))
+    assert has_told(evidence(square=stands_out))
+    piece = evidence(square=stands_out)
+    piece = replace(piece, squares=replace(piece.squares, margins=[WHOLE * 10 / 2] * 8))
+    assert not has_told(piece)
+    assert has_told(replace(piece, margins=evidence(margin=stands_out).margins))
+    assert has_told(scattered(evidence(), SCATTERING.backdoored_from))

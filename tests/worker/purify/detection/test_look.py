@@ -51,6 +51,19 @@ def test_no_warp_is_searched_where_a_square_has_told() -> None:
     assert len(warps) == CLASSES
 
 
+def test_no_warp_is_searched_where_two_signs_have_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they are; the evidence that decides is that of the other searches."""
+    asked = list[Evidence]()
+
+    def told(found: Evidence) -> bool:
+        asked.append(found)
+        return True
+
+    monkeypatch.setattr("worker.purify.detection.look.has_told", told)
+    assert looked(NOTHING_PLANTED).warps is None
+    assert [len(found.field.triggers) for found in asked] == [CLASSES]
+
+
 def test_of_few_samples_doubtful_patches_are_tried_on_shifted_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
