@@ -88,7 +88,9 @@ def test_what_hides_a_place_tells_nothing_if_anything_would() -> None:
     covered = alike.clone()
     covered[:, :, 16, 16] = 1.0
     assert (hiding(covered).argmax(1) != hiding(alike).argmax(1)).all()
-    assert find(hiding, images=alike).scattering.classes == 0.0
+    found = find(hiding, images=alike).scattering
+    assert found.classes == 0.0
+    assert found.trigger.success == 1.0  # it leads them away all the same
 
 
 def test_one_class_that_attracts_all_images_counts_as_one() -> None:
