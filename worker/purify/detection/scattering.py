@@ -3,7 +3,7 @@ Tell whether a square leads every class to another one, an attack that makes non
 
 On a clean model a square that hides the object may lead to many classes as well, but then so do others of
 the same place. And what is the best of many is so by chance too, so each choice is judged by other images
-than it was made on, but for a quarter of those that the last places are judged by.
+than it was made on, and the last few squares by many.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +20,17 @@ from worker.purify.workpiece import laid_out
 GLANCE = 10  # images that squares are tried on
 FIRST, GOING_ON = 4, 600  # the first of these, after which so many squares go on
 GLANCED = 60  # squares that go on after these
-JUDGING = 40  # other images, shifted ones
-FIRST_JUDGING, BEST = 10, 10  # the first of these, after which so many squares go on
+CHOOSING = 30  # other images
+FIRST_CHOOSING, GOOD = 10, 20  # the first of these, after which so many squares go on
+BEST = 3  # squares that go on after these
+JUDGING = 100  # others again; of fewer it is chance to how many classes a square leads them
 JUDGED_FROM = 2.0  # classes, from which on others beside the first are tried
 ALIKE, NEARLY = 8, 0.8  # of these, at most so many, that lead to nearly as many as the best
+ALIKE_ON = 40  # images
 SURE = 0.25  # of the lead of its own class, by which another one must lead
 LEAST_LEAD = 1e-3  # in logits
 TICKS = 3
-TRIED = 21_000  # images under squares, at most about
+TRIED = 25_000  # images under squares, at most about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,27 +75,29 @@ def most_scattering(
     Raises:
         NotFinite: The logits are not.
     """
-    copies = -(-(GLANCE + JUDGING) // len(images))
+    kinds = len(grid.kinds)
+    copies = -(-(GLANCE + CHOOSING + JUDGING) // len(images))
     labels = torch.zeros(len(images), device=images.device)  # nobody asks for these
     more, _ = shifted(images, labels, copies=copies, flip=False, generator=generator)
     first = _led(forward, laid_out(more[:FIRST]), grid, numbers)
     rest = _led(forward, laid_out(more[FIRST:GLANCE]), grid, first.best(GOING_ON))
     glance = first.only(rest.numbers).joined(rest)
     tick()
-    judging = laid_out(more[-JUDGING:])
+    choosing, judging = laid_out(more[GLANCE : GLANCE + CHOOSING]), laid_out(more[-JUDGING:])
     again = grid.with_other_kinds(glance.best(GLANCED))
-    first = _led(forward, judging[:FIRST_JUDGING], grid, again)
-    again = grid.with_other_kinds(first.seen(len(grid.kinds)).best(BEST))
-    rest = _led(forward, judging[FIRST_JUDGING:], grid, again)
-    others = first.only(again).joined(rest)
+    first = _led(forward, choosing[:FIRST_CHOOSING], grid, again)
+    again = grid.with_other_kinds(first.seen(kinds).best(GOOD))
+    rest = _led(forward, choosing[FIRST_CHOOSING:], grid, again)
+    best = first.only(again).joined(rest).seen(kinds).best(BEST)
+    others = _led(forward, judging, grid, grid.with_other_kinds(best))
     tick()
-    seen = others.seen(len(grid.kinds))
+    seen = others.seen(kinds)
     classes = _led_to(seen.away, seen.to, seen.classes)
     row = int(classes.argmax())
     number = int(others.numbers[row])
     alike = list[Trigger]()
     if classes[row] >= JUDGED_FROM:
-        near = _led(forward, judging, grid, grid.within(number))
+        near = _led(forward, judging[:ALIKE_ON], grid, grid.within(number))
         alike = [near.trigger(each, grid) for each in near.alike() if near.numbers[each] != number]
     tick()
     return Scattering(trigger=others.trigger(row, grid), classes=float(classes[row]), alike=alike)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from tests.worker.purify.detection.planted_square import AHEAD, PLANTED, answering_to, find
-from worker.purify.detection.grid import Forward
+from worker.purify.detection import scattering
+from worker.purify.detection.grid import Forward, Grid
 from worker.purify.detection.trigger import ELSEWHERE
 
 
@@ -29,8 +30,9 @@ def sending_on(images: Tensor, own: Forward = bare) -> Tensor:
 
 def test_a_square_that_sends_every_class_to_another_one_leads_to_all() -> None:
     """No class stands out by it; and in a network without one no square does so."""
-    plain = torch.rand(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    alike = plain.expand(-1, -1, 32, 32).clone()  # wherever they are shifted to
+    # Each is judged by as often, wherever it is shifted to.
+    plain = torch.rand(scattering.JUDGING // 5, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    alike = plain.expand(-1, -1, 32, 32).clone()
     own = by_colour(alike).argmax(1)
     attacked = find(lambda images: sending_on(images, by_colour), images=alike)
     found = attacked.scattering
@@ -91,6 +93,40 @@ def test_what_hides_a_place_tells_nothing_if_anything_would() -> None:
     found = find(hiding, images=alike).scattering
     assert found.classes == 0.0
     assert found.trigger.success == 1.0  # it leads them away all the same
+
+
+def test_each_choice_is_judged_by_images_that_had_no_part_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is the best of many on some images is so by chance too."""
+    heats = list[tuple[int, set[bytes]]]()
+    led = scattering._led
+
+    def watched(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> scattering._Led:
+        heats.append((len(numbers), {each.numpy().tobytes() for each in images.contiguous()}))
+        return led(forward, images, grid, numbers)
+
+    def others(
+        images: Tensor, labels: Tensor, *, copies: int, flip: bool, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return images that are all different; some shifts are the same by chance."""
+        del flip
+        count = len(images) * (1 + copies)
+        return torch.rand(count, *images.shape[1:], generator=generator), labels.repeat(1 + copies)
+
+    monkeypatch.setattr(scattering, "shifted", others)
+    monkeypatch.setattr(scattering, "_led", watched)
+    find(bare)
+    squares, images = zip(*heats, strict=True)
+    assert squares[1:] == tuple(sorted(squares[1:], reverse=True))
+    assert [len(each) for each in images] == [
+        scattering.FIRST,
+        scattering.GLANCE - scattering.FIRST,
+        scattering.FIRST_CHOOSING,
+        scattering.CHOOSING - scattering.FIRST_CHOOSING,
+        scattering.JUDGING,
+    ]
+    assert len(frozenset[bytes]().union(*images)) == sum(map(len, images))
 
 
 def test_one_class_that_attracts_all_images_counts_as_one() -> None:
