@@ -36,8 +36,8 @@ from worker.purify.detection.trigger import ELSEWHERE, Field, Found, Trigger
 from worker.purify.precision import Precision, autocast_type
 from worker.purify.rewriting import Pairs, Rewritten
 from worker.purify.variants import stamp_variants
-from worker.purify.weighing import CHUNK, Candidate, Stamped, Trials, Unlearned, lead, logits
-from worker.purify.workpiece import Workpiece, laid_out
+from worker.purify.weighing import Candidate, Stamped, Trials, Unlearned, lead, logits
+from worker.purify.workpiece import Workpiece, in_parts, laid_out
 
 MIN_PATCHES = 3  # per trigger and step of a search for the suspects alone
 FRESH_PATCHES_PER_STEP = 32
@@ -541,7 +541,7 @@ class Examiner:
     def _features(self, images: Tensor) -> Tensor:
         """Return what goes into the part of results that differs."""
         with torch.no_grad(), self._autocast:
-            parts = [self._cut.head(self._work.inputs(each)) for each in torch.split(images, CHUNK)]
+            parts = [self._cut.head(self._work.inputs(each)) for each in in_parts(images)]
         return torch.cat(parts)
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from worker.purify.detection.trigger import ELSEWHERE, Trigger
-from worker.purify.workpiece import laid_out
+from worker.purify.workpiece import in_parts, laid_out
 
 Forward = Callable[[Tensor], Tensor]
 
 CORE = 0.15  # of a mask, from which on a pixel belongs to the trigger
 REDRAWN = 0.3  # of a mottled pattern's values
 SHARPENING_STEPS, SHARPENING_RATE = 5, 0.1
-CHUNK = 256
+CHUNK = 256  # images whose colours are sharpened at once
 
 
 def stamp_variants(
@@ -66,7 +66,7 @@ def stamp_variants(
 
 def _answers(forward: Forward, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.cat([forward(part).argmax(1) for part in torch.split(images, CHUNK)])
+        return torch.cat([forward(part).argmax(1) for part in in_parts(images)])
 
 
 def _support(trigger: Trigger, reach: int, generator: torch.Generator) -> Tensor:

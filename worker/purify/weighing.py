@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from worker.purify.detection.trigger import ELSEWHERE
+from worker.purify.workpiece import in_parts
 
 Forward = Callable[[Tensor], Tensor]
 Unlearned = Literal["nothing", "squares", "everything"]
-
-CHUNK = 256
 
 # Of the answers that change first the original was right about few: the loss grows with their square.
 # docs/auto-measurements.md has the models that this number was read off.
@@ -141,7 +140,7 @@ class Trials:
 def logits(forward: Forward, images: Tensor) -> Tensor:
     """Return the answers to *images*, ``(N, classes)``."""
     with torch.no_grad():
-        return torch.cat([forward(chunk) for chunk in torch.split(images, CHUNK)])
+        return torch.cat([forward(part) for part in in_parts(images)])
 
 
 def lead(answers: Tensor, classes: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from worker.purify.metrics import Preprocess
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _VECTOR_FLOATS = 16  # of the widest vectors
+_AT_ONCE, _LEAST_AT_ONCE = 256, 16  # images; with fewer a processor waits for the weights
+_IN_CACHE = 128 * 3 * 32 * 32  # values of images; with what a network makes of them a cache is full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,23 @@ def check_answers(logits_of: Callable[[Tensor], Tensor], images: Tensor, labels:
 def laid_out(tensor: Tensor) -> Tensor:
     """Return *tensor* with its channels last in memory, which 2-d convolutions are faster on."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def at_once(images: Tensor) -> int:
+    """
+    Return how many of *images* ``(B, C, H, W)`` to take through a network at once, for speed.
+
+    A processor is faster where what the layers hand on fits into its cache; a GPU is with many. The
+    answers are the same, to the last digit on the networks that this was tried on.
+    """
+    if images.device.type != "cpu":
+        return _AT_ONCE
+    return min(_AT_ONCE, max(_LEAST_AT_ONCE, _IN_CACHE // math.prod(images.shape[1:])))
+
+
+def in_parts(images: Tensor) -> tuple[Tensor, ...]:
+    """Return *images* in parts to take through a network one after another, as ``at_once`` says."""
+    return torch.split(images, at_once(images))
 
 
 def laid_out_for(model: nn.Module, tensor: Tensor) -> Tensor:

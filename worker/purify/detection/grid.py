@@ -15,14 +15,13 @@ from torch.nn import functional
 
 from worker.purify.detection.trigger import Trigger
 from worker.purify.errors import NotFinite
-from worker.purify.workpiece import laid_out
+from worker.purify.workpiece import at_once, laid_out
 
 Forward = Callable[[Tensor], Tensor]
 
 SIDES, OF = (1, 2, 3, 4, 5), 32  # pixels, of an image of 32; in larger ones as much more
 STRIDE = 4  # pixels, of an image of 32; larger ones are multiples of it mostly
 MAX_COLOURED = 3  # channels, of which all corners of the colour cube are tried; of more, two
-CHUNK = 256  # images that go through the network at once
 TRIED = 11_000  # groups of them, about, of three channels
 
 # Several are tried at once, on different parts of the image, where there are many.
@@ -166,31 +165,34 @@ class Grid:
         found: Tensor = (apart == 0).all(1).nonzero()[:, 0] * len(self.kinds) + kind
         return found
 
-    def margins_under(self, forward: Forward, images: Tensor, numbers: Tensor) -> Tensor:
+    def margins_under(
+        self, forward: Forward, images: Tensor, on: Tensor, numbers: Tensor
+    ) -> Tensor:
         """
-        Return the margins of *images* ``(B, C, H, W)``, each under a square, ``(B, classes)``.
+        Return the margins of *images* ``(N, C, H, W)`` under squares, ``(B, classes)``.
 
         Args:
+            on: Which image each is tried on, ``(B,)``.
             numbers: ``(B,)``, or ``(B, M)`` for several squares on each, as in ``groups``.
         """
-        stamped = images
-        for each in numbers.view(len(numbers), -1).unbind(1):
-            there = (each != NOTHING)[:, None, None, None]
-            stamped = torch.where(self.masks(each) & there, self.patterns(each), stamped)
-        with torch.no_grad():
+
+        def under(on: Tensor, numbers: Tensor) -> Tensor:
+            stamped = images[on]
+            for each in numbers.view(len(numbers), -1).unbind(1):
+                there = (each != NOTHING)[:, None, None, None]
+                stamped = torch.where(self.masks(each) & there, self.patterns(each), stamped)
             return margins(forward(laid_out(stamped)))
+
+        size = at_once(images)
+        parts = zip(torch.split(on, size), torch.split(numbers, size), strict=True)
+        with torch.no_grad():
+            return torch.cat([under(*part) for part in parts])
 
     def margins_under_each(self, forward: Forward, images: Tensor, numbers: Tensor) -> Tensor:
         """Return those of every image ``(N, C, H, W)`` under every square, ``(B, N, classes)``."""
         each = torch.arange(len(images), device=images.device).repeat(len(numbers))
-        parts = zip(
-            torch.split(each, CHUNK),
-            torch.split(numbers.repeat_interleave(len(images)), CHUNK),
-            strict=True,
-        )
-        found = torch.cat(
-            [self.margins_under(forward, images[rows], which) for rows, which in parts]
-        )
+        squares = numbers.repeat_interleave(len(images))
+        found = self.margins_under(forward, images, each, squares)
         return found.view(len(numbers), len(images), -1)
 
 

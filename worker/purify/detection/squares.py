@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from worker.purify.detection import scattering
-from worker.purify.detection.grid import CHUNK, NOTHING, Forward, Grid, margins
+from worker.purify.detection.grid import NOTHING, Forward, Grid, margins
 from worker.purify.detection.scattering import Scattering, leading_away, most_scattering
 from worker.purify.detection.trigger import Trigger
+from worker.purify.workpiece import in_parts
 
 IMAGES_AT_FIRST = 40  # one of these for each
 GOING_ON = 300  # groups that lead furthest to any class, whose squares are tried alone
@@ -34,6 +35,7 @@ KEPT = 60  # squares of each class that are tried again on a result
 IMAGES = 12  # these
 MANY, ALL_OF = 100, 50  # of more classes, the first so many and as many in the middle are
 LEAST_RISE = 1e-3  # in logits
+PER_TICK = 256  # groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class Squares:
 
 def ticks(image: Tensor, classes: int) -> int:
     """Return how often ``best_squares`` ticks for images like *image*."""
-    return math.ceil(len(Grid.over(image).groups()) / CHUNK) + scattering.TICKS + classes + 2
+    return math.ceil(len(Grid.over(image).groups()) / PER_TICK) + scattering.TICKS + classes + 2
 
 
 def best_squares(
@@ -105,7 +107,7 @@ def best_squares(
     """
     grid = Grid.over(images[0])
     with torch.no_grad():
-        bare = torch.cat([margins(forward(part)) for part in torch.split(images, CHUNK)])
+        bare = torch.cat([margins(forward(part)) for part in in_parts(images)])
     own = bare.argmax(1)  # what an image is taken for already tells nothing of a square
     some = torch.randperm(len(images), generator=generator)[:IMAGES_AT_FIRST].to(images.device)
     given = (forward, images[some])
@@ -201,24 +203,24 @@ def _on_one_image(
     """
     Try all squares, several at once, and those of the groups that lead furthest once more, one by one.
 
-    Ticks after each chunk of groups, and once after the rest.
+    Ticks after each part of the groups, and once after the rest.
     """
     groups, kinds = grid.groups(), len(grid.kinds)
     with torch.no_grad():
-        own = torch.cat([forward(part).argmax(1) for part in torch.split(images, CHUNK)])
+        own = torch.cat([forward(part).argmax(1) for part in in_parts(images)])
     # One image for all kinds at the same places: what these have in common is what they hide.
     each = torch.randint(len(images), (len(groups) // kinds,), generator=generator)
     tried_on = each.to(images.device).repeat_interleave(kinds)
 
     def under(numbers: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
         """Return the margins of all other classes than the image's own, and of that one."""
-        found = grid.margins_under(forward, images[on], numbers)
+        found = grid.margins_under(forward, images, on, numbers)
         mine = own[on][:, None]
         return found.scatter(1, mine, -math.inf), found.gather(1, mine)[:, 0]
 
     parts = []
-    for which, on in zip(torch.split(groups, CHUNK), torch.split(tried_on, CHUNK), strict=True):
-        parts.append(under(which, on))
+    for at in torch.split(torch.arange(len(groups)), PER_TICK):
+        parts.append(under(groups[at], tried_on[at]))
         tick()
     found, left = (torch.cat(each) for each in zip(*parts, strict=True))
     by_place = left.view(-1, kinds)
@@ -232,8 +234,7 @@ def _on_one_image(
         rows = torch.unique(found[:, chosen].topk(share, dim=0).indices)
         there = groups[rows] != NOTHING
         singles, on = groups[rows][there], tried_on[rows][:, None].expand_as(there)[there]
-        again = zip(torch.split(singles, CHUNK), torch.split(on, CHUNK), strict=True)
-        found = torch.cat([under(which, image)[0] for which, image in again])
+        found, _ = under(singles, on)
     best, order = found.topk(min(KEPT, len(found)), dim=0)
     tick()
     return _First(leading=singles[order], best=best[0], away=torch.unique(away[away != NOTHING]))

@@ -88,8 +88,8 @@ def test_several_squares_lie_on_an_image_at_once() -> None:
         return stamped.flatten(1)[:, :4]
 
     groups = torch.tensor([[5, 44_444, NOTHING], [20_001, 10_307, 32_109]])
-    found = grid.margins_under(forward, images, groups)
-    expected = images.clone()
+    found = grid.margins_under(forward, images, torch.tensor([1, 0]), groups)
+    expected = images[[1, 0]]
     for row, group in enumerate(groups.tolist()):
         for number in group:
             if number != NOTHING:
