@@ -22,14 +22,13 @@ from torch.nn import functional
 from worker.purify.detection.families import Family
 from worker.purify.detection.trigger import SUCCESS, Found, Trigger
 from worker.purify.errors import NotFinite
-from worker.purify.workpiece import laid_out
+from worker.purify.workpiece import at_once, laid_out
 
 Forward = Callable[[Tensor], Tensor]
 
 BETAS = (0.5, 0.9)  # the reference's
 DEARER, CHEAPER = 1.05, 1 / 1.1
 PRICES = (1e-5, 100.0)
-CHUNK = 256  # images that go through the network at once
 
 
 class Inversion:
@@ -77,18 +76,23 @@ class Inversion:
         Raises:
             NotFinite: The logits are not.
         """
-        images, labels, dtype = self._images, self._labels, self._images.dtype
-        target = torch.tensor(self.targets, device=images.device)
+        images, labels = self._images, self._labels.cpu()
+        targets = torch.tensor(self.targets)
+        target = targets.to(images.device)
         size = min(per_row, len(images))
         for _ in range(steps):
             rows = [
                 torch.randperm(len(images), generator=self._generator)[:size] for _ in self.targets
             ]
-            chosen = torch.stack(rows).to(images.device)  # (K, n)
-            stamped, norm = self._family.stamp(images[chosen]), self._family.norms()
-            foreign = (labels[chosen] != target[:, None]).to(dtype)  # (K, n)
+            chosen = torch.stack(rows)  # (K, n)
+            is_foreign = labels[chosen] != targets[:, None]
+            # Found out on the CPU, since a GPU would have to be waited for.
+            at = is_foreign.flatten().nonzero()[:, 0].to(images.device)
+            stamped = self._family.stamp(images[chosen.to(images.device)])
+            norm = self._family.norms()
+            foreign = is_foreign.to(images)
             weights = foreign / foreign.sum(1, keepdim=True).clamp_min(1)
-            gradient, hits = _gradient(self._forward, stamped, target, weights)
+            gradient, hits = _gradient(self._forward, stamped, target, weights, at)
             success = (hits * weights).sum(1)
             self._best.keep(self._family.shapes, success, norm.detach())
             self._adam.zero_grad()
@@ -137,27 +141,25 @@ class Inversion:
 
 
 def _gradient(
-    forward: Forward, stamped: Tensor, target: Tensor, weights: Tensor
+    forward: Forward, stamped: Tensor, target: Tensor, weights: Tensor, weighty: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss's gradient by the images ``(K, n, C, H, W)``, and which were sent ``(K, n)``."""
-    flat = laid_out(stamped.detach().flatten(0, 1))
-    wanted = target.repeat_interleave(stamped.shape[1])
-    gradients, hits = [], []
-    for x, y, w in zip(
-        torch.split(flat, CHUNK),
-        torch.split(wanted, CHUNK),
-        torch.split(weights.flatten(), CHUNK),
-        strict=True,
-    ):
-        leaf = x.detach().requires_grad_()
+    """
+    Return the loss's gradient by the images ``(K, n, C, H, W)``, and which were sent ``(K, n)``.
+
+    Args:
+        weights: ``(K, n)``.
+        weighty: Which of all are not 0. The others have no part in the loss, and are not looked at.
+    """
+    flat = stamped.detach().flatten(0, 1)
+    wanted, weight = target.repeat_interleave(stamped.shape[1]), weights.flatten()
+    gradient, hits = torch.zeros_like(flat), torch.zeros_like(weight)
+    for at in torch.split(weighty, at_once(flat)) if len(weighty) else ():
+        leaf = laid_out(flat[at]).requires_grad_()
         logits = forward(leaf)
-        loss = (functional.cross_entropy(logits, y, reduction="none") * w).sum()
-        gradients.append(torch.autograd.grad(loss, leaf)[0])
-        hits.append(logits.argmax(1) == y)
-    return (
-        torch.cat(gradients).view_as(stamped),
-        torch.cat(hits).view_as(weights).to(weights.dtype),
-    )
+        loss = functional.cross_entropy(logits, wanted[at], reduction="none") * weight[at]
+        gradient[at] = torch.autograd.grad(loss.sum(), leaf)[0]
+        hits[at] = (logits.argmax(1) == wanted[at]).to(hits)
+    return gradient.view_as(stamped), hits.view_as(weights)
 
 
 class _Best:

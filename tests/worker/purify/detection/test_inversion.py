@@ -113,6 +113,34 @@ def test_a_class_nobody_can_be_sent_to_needs_every_pixel() -> None:
     assert sulking.norm == 64.0
 
 
+def test_an_image_of_the_class_itself_is_not_looked_at() -> None:
+    """It has no part in the search for that class; and a class of all images has nothing to search on."""
+    seen = list[Tensor]()
+
+    def forward(images: Tensor) -> Tensor:
+        seen.append(images)
+        logits: Tensor = OnePixel()(images)
+        return logits
+
+    search = inversion([0, 2], forward=forward)
+    search.run(1, per_row=len(IMAGES), tick=lambda: None)
+    (looked_at,) = seen
+    assert len(looked_at) == int((LABELS != 0).sum()) + len(IMAGES)
+    seen.clear()
+    alone = Inversion(
+        forward,
+        IMAGES,
+        torch.zeros_like(LABELS),
+        [0],
+        family=patches(1, torch.Generator().manual_seed(0)),
+        generator=torch.Generator().manual_seed(0),
+    )
+    alone.run(1, per_row=len(IMAGES), tick=lambda: None)
+    assert seen == []
+    (found,) = alone.found()
+    assert (found.success, found.norm) == (0.0, math.inf)
+
+
 def test_a_perturbation_is_found_that_is_as_small_as_can_be() -> None:
     """Only one pixel counts, and what is added to it is what the darkest of the images lacks."""
     found = run([2], 200, family="perturbations")[0]
