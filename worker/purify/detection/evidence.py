@@ -140,6 +140,11 @@ class Evidence:
             return index >= min(CARRIED_FROM, CUTS[sign].backdoored_from)
         return index >= CUTS[sign].backdoored_from
 
+    def leaves_doubt(self, sign: Sign) -> bool:
+        """Whether a clean model's classes would lie closer together, by this sign."""
+        highest = max(self.index(sign, cls) for cls in range(self.classes))
+        return highest >= CUTS[sign].clean_below
+
 
 def whole(squares: Squares, margins: Margins) -> list[int]:
     """Return the classes whose squares are the trigger, the most suspicious first."""
@@ -221,11 +226,10 @@ def judge(evidence: Evidence) -> Verdict:
         evidence.stands_out(sign, cls) for sign in Sign for cls in classes
     ):
         return Verdict.BACKDOORED
-    highest = {sign: max(evidence.index(sign, cls) for cls in classes) for sign in Sign}
-    clean = evidence.squares.scattering.classes < SCATTERING.clean_below and all(
-        highest[sign] < CUTS[sign].clean_below for sign in Sign
-    )
-    return Verdict.CLEAN if clean else Verdict.INCONCLUSIVE
+    if evidence.squares.scattering.classes >= SCATTERING.clean_below:
+        return Verdict.INCONCLUSIVE
+    is_doubtful = any(evidence.leaves_doubt(sign) for sign in Sign)
+    return Verdict.INCONCLUSIVE if is_doubtful else Verdict.CLEAN
 
 
 def suspects(evidence: Evidence) -> list[Suspect]:

@@ -47,7 +47,8 @@ def look(
     """
     Return what speaks for a backdoor; where that is doubtful, after a second look.
 
-    No warp is searched where something else has told for certain.
+    No warp is searched where something else has told for certain, nor a second time where none of the
+    first ones is doubtful.
 
     Args:
         forward: Maps images ``(B, C, H, W)`` to logits ``(B, classes)``.
@@ -82,7 +83,8 @@ def look(
         again = search.search_again(field, *given, steps=steps, generator=generator, tick=tick)
         found = replace(found, field=again)
         found = replace(found, carried=_carried(found, forward, images, labels, generator))
-    if found.warps is not None and judge(found) is Verdict.INCONCLUSIVE:
+    is_doubtful = judge(found) is Verdict.INCONCLUSIVE and found.leaves_doubt(Sign.WARP)
+    if found.warps is not None and is_doubtful:
         others = search.smallest_warps(field, *given, generator=generator, tick=tick)
         smaller = [min(pair) for pair in zip(found.warps, others, strict=True)]
         found = replace(found, warps=smaller)

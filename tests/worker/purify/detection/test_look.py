@@ -2,13 +2,16 @@
 
 import math
 import operator
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from examples.digits import draw_clean_samples, train_clean
 from tests.worker.purify.detection.planted_square import IMAGES, PLANTED, answering_to
-from worker.purify.detection.evidence import CUTS, Evidence, Sign
+from worker.purify.detection import search
+from worker.purify.detection.evidence import CUTS, Cut, Evidence, Sign
 from worker.purify.detection.inversion import Forward
 from worker.purify.detection.look import OF, look, ticks
 from worker.purify.detection.verdict import Verdict
@@ -88,6 +91,9 @@ def test_where_it_is_doubtful_the_smaller_of_two_warps_and_patches_counts(
     model, split = train_clean(0)
     images, labels, _ = draw_clean_samples(split, 1, 0)
 
+    cuts = {**CUTS, Sign.WARP: Cut(backdoored_from=1.4, clean_below=-math.inf)}
+    monkeypatch.setattr("worker.purify.detection.evidence.CUTS", cuts)
+
     def norms(verdict: Verdict, seed: int) -> dict[str, list[float]]:
         monkeypatch.setattr("worker.purify.detection.look.judge", lambda _: verdict)
         generator = torch.Generator().manual_seed(seed)
@@ -106,3 +112,33 @@ def test_where_it_is_doubtful_the_smaller_of_two_warps_and_patches_counts(
             if twice[kind] != once[kind]:
                 smaller.add(kind)
     assert smaller == {"warp", "norm"}
+
+
+@pytest.mark.parametrize("doubtful", [None, Sign.PATCH, Sign.WARP])
+def test_warps_are_searched_again_only_where_they_are_what_is_doubtful(
+    monkeypatch: pytest.MonkeyPatch, doubtful: Sign | None
+) -> None:
+    """More of them cannot take away the doubt about anything else."""
+    far = {sign: Cut(backdoored_from=math.inf, clean_below=math.inf) for sign in Sign}
+    near = {} if doubtful is None else {doubtful: replace(far[doubtful], clean_below=-math.inf)}
+    monkeypatch.setattr("worker.purify.detection.evidence.CUTS", {**far, **near})
+    searches = list[str]()
+
+    def counted(name: str) -> Callable[..., object]:
+        search_it = getattr(search, name)
+
+        def searched(*args: object, **given: object) -> object:
+            searches.append(name)
+            return search_it(*args, **given)
+
+        return searched
+
+    for name in ("search_again", "smallest_warps"):
+        monkeypatch.setattr(search, name, counted(name))
+    looked(NOTHING_PLANTED)
+    expected = {
+        None: ["smallest_warps"],
+        Sign.PATCH: ["smallest_warps", "search_again"],
+        Sign.WARP: ["smallest_warps", "search_again", "smallest_warps"],
+    }
+    assert searches == expected[doubtful]
