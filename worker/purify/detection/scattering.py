@@ -3,7 +3,7 @@ Tell whether a square leads every class to another one, an attack that makes non
 
 On a clean model a square that hides the object may lead to many classes as well, but then so do others of
 the same place. And what is the best of many is so by chance too, so each choice is judged by other images
-than it was made on, and the last few squares by many.
+than it was made on, but for the last one, between a few squares and many images.
 """
 
 from collections.abc import Callable, Sequence
