@@ -36,6 +36,7 @@ from worker.purify.errors import NotFinite
 
 CHUNK = 128  # images that go through both networks at once
 PROBE_IMAGES = 2
+BLOCKS, LEAST_COLUMNS = 8, 64  # of a matrix that is its own transpose, and of each block
 POSITIONS = 24  # of a feature map that a regression sees of each image, spread evenly
 
 Forward = Callable[[Tensor], Tensor]
@@ -305,15 +306,27 @@ def _sums(
                 forward(chunk)
                 inputs = _inputs(layer, watched.inputs)
                 lack = aim - _outputs(layer, watched.outputs)
-                gram = gram + (inputs.T @ inputs).double()
+                gram = _add_gram(gram, inputs)
                 product = product + (inputs.T @ lack).double()
                 if beyond is not None:
                     further = further + (inputs.T @ beyond[number]).double()
-        return gram, product, further
+        return gram.triu() + gram.triu(1).T, product, further
 
     clean_gram, clean_product, _ = over(pairs.clean, None)
     gram, product, further = over(pairs.stamped, beyond)
     return _Sums(clean=(clean_gram, clean_product), stamped=(gram, product), beyond=further)
+
+
+def _add_gram(gram: Tensor, rows: Tensor) -> Tensor:
+    """Return *gram*, or zeros for a number, with ``XᵀX`` of ``(rows, in)`` added to its upper half."""
+    columns = rows.shape[1]
+    if gram.dim() == 0:
+        gram = torch.zeros(columns, columns, dtype=torch.float64, device=rows.device)
+    step = -(-columns // max(1, min(BLOCKS, columns // LEAST_COLUMNS)))
+    for first in range(0, columns, step):
+        # What is below the diagonal is the same.
+        gram[first : first + step, first:] += rows[:, first : first + step].T @ rows[:, first:]
+    return gram
 
 
 def _solve(

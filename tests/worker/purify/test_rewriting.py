@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from worker.purify.cutting import Cut
 from worker.purify.detection.trigger import ELSEWHERE
-from worker.purify.rewriting import PROBE_IMAGES, Pairs, rewritable, rewritten
+from worker.purify.rewriting import LEAST_COLUMNS, PROBE_IMAGES, Pairs, rewritable, rewritten
 
 
 def inputs(images: Tensor) -> Tensor:
@@ -33,16 +33,17 @@ def paired(clean: Tensor, stamped: Tensor, targets: Tensor | None = None) -> Pai
     return Pairs(clean=clean, stamped=stamped, targets=targets)
 
 
-def linear() -> nn.Module:
-    """Return a network of one linear layer on 1x2x3 images."""
+def linear(width: int = 3) -> nn.Module:
+    """Return a network of one linear layer on 1x2x3 images, or wider ones."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(6, 4)).double()
+    return nn.Sequential(nn.Flatten(), nn.Linear(2 * width, 4)).double()
 
 
-def test_linear_layer_solves_the_ridge_regression() -> None:
+@pytest.mark.parametrize("width", [3, LEAST_COLUMNS])
+def test_linear_layer_solves_the_ridge_regression(width: int) -> None:
     """The change is the minimiser, found here by least squares on stacked and weighted rows."""
-    before = linear()
-    pairs = paired(numbers(9, 1, 2, 3, seed=1), numbers(9, 1, 2, 3, seed=2))
+    before, columns = linear(width), 2 * width + 1
+    pairs = paired(numbers(9, 1, 2, width, seed=1), numbers(9, 1, 2, width, seed=2))
     strength, ridge = 0.3, 0.05
     after = rewrite(before, pairs, ["1"], strength=strength, ridge=ridge)
 
@@ -50,10 +51,10 @@ def test_linear_layer_solves_the_ridge_regression() -> None:
         return torch.cat([images.flatten(1), torch.ones(9, 1).double()], dim=1)
 
     clean, stamped = rows(pairs.clean), rows(pairs.stamped)
-    inertia = (ridge * clean.square().sum() / 7) ** 0.5 * torch.eye(7).double()
+    inertia = (ridge * clean.square().sum() / columns) ** 0.5 * torch.eye(columns).double()
     system = torch.cat([clean, strength**0.5 * stamped, inertia])
     lack = before(pairs.clean) - before(pairs.stamped)
-    aim = torch.cat([torch.zeros(9, 4), strength**0.5 * lack, torch.zeros(7, 4)])
+    aim = torch.cat([torch.zeros(9, 4), strength**0.5 * lack, torch.zeros(columns, 4)])
     change = torch.linalg.lstsq(system, aim.double()).solution.detach()
     found = {key: after.state_dict()[key] - tensor for key, tensor in before.state_dict().items()}
     torch.testing.assert_close(found["1.weight"], change[:-1].T, rtol=1e-6, atol=1e-9)
