@@ -33,6 +33,7 @@ from worker.purify.detection.recovered import Recovered
 from worker.purify.detection.search import OPENNESS
 from worker.purify.detection.squares import still_leading
 from worker.purify.detection.trigger import ELSEWHERE, Field, Found, Trigger
+from worker.purify.pooling import pool_first
 from worker.purify.precision import Precision, autocast_type
 from worker.purify.rewriting import Pairs, Rewritten
 from worker.purify.variants import stamp_variants
@@ -526,7 +527,8 @@ class Examiner:
         return lambda images: forward(inputs(images))
 
     def _absorbed(self, model: nn.Module) -> nn.Module:
-        return absorb_batch_norms(model, self._work.inputs(self._work.images[:PROBE_IMAGES]))
+        probe = self._work.inputs(self._work.images[:PROBE_IMAGES])
+        return pool_first(absorb_batch_norms(model, probe), probe)
 
     def _forward(self, network: nn.Module) -> Forward:
         """Return what *network* gives, in the type of the images."""
