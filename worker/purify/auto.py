@@ -145,7 +145,7 @@ class TriggerRewriting:
         """Return about how many forward passes of one image a run with *images* samples takes."""
         again = self.rounds + PARTS * len(self.strengths)
         searches = self.steps * PATCHES_PER_STEP + WARP_STEPS * SMALLEST_WARPS * IMAGES_PER_WARP
-        searches += margins.GLANCE_STEPS * margins.AT_ONCE
+        searches += margins.TRIED
         searches += (grid.TRIED + scattering.TRIED) // 3  # these have no backward pass
         perturbations = (
             HALVES_AT_ONCE + self.rounds * AT_ONCE_AGAIN + 2 * (nearness.EACH + nearness.ORDINARY)

@@ -9,11 +9,12 @@ No sample is needed.
 
 What differs: the image is a sigmoid that Adam moves, instead of one that is projected on its box; a
 class is held against the median of all by the logarithm of their ratio, as the norms of triggers are;
-only the best start of each class goes on after a glance, and beyond a hundred classes only the leading
-ones and as many in the middle.
+of several starts of each class the best third goes on after a first glance, and one after a second; of
+many classes only the leading ones go on then, and as many in the middle.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -27,9 +28,11 @@ from worker.purify.workpiece import laid_out
 Forward = Callable[[Tensor], Tensor]
 
 GLANCE_STEPS, STEPS, RATE = 60, 140, 0.1
+ONE_IN = 3  # of these steps are taken with all starts, and of the starts of a class so many with the rest
 AT_ONCE = 120  # images; ten classes have twelve starts each
-MANY = 100  # classes, from which on not all are measured in full
-AFTER_GLANCE = 50  # of the first classes, and of those in the middle
+TRIED = 5_000  # images that are taken a step, about
+MANY = 20  # classes, from which on not all are measured in full
+AFTER_GLANCE, ONE_CLASS_IN = 10, 20  # of the first classes, and of those in the middle: at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,26 +80,43 @@ def largest_margins(
     """
     best = torch.zeros(classes, *image.shape).to(image)
     largest = [-math.inf] * classes
+    starts, first_steps = max(1, AT_ONCE // classes), GLANCE_STEPS // ONE_IN
     for first in range(0, classes, AT_ONCE):
         part = range(first, min(classes, first + AT_ONCE))
-        target = torch.tensor(part).repeat_interleave(max(1, AT_ONCE // classes))
+        target = torch.tensor(part).repeat_interleave(starts)
         random = torch.rand(len(target), *image.shape, generator=generator)
         images = random.clamp(0.02, 0.98).logit().to(image)
-        reached, images = _climb(forward, target.to(image.device), images, GLANCE_STEPS, tick)
-        for row, (cls, value) in enumerate(zip(target.tolist(), reached, strict=True)):
-            if value > largest[cls]:
-                largest[cls], best[cls] = value, images[row]
+        reached, images = _climb(forward, target.to(image.device), images, first_steps, tick)
+        rows = _best_of_each(target.tolist(), reached, -(-starts // ONE_IN))
+        target, images = target[rows], images[rows]
+        reached, images = _climb(
+            forward, target.to(image.device), images, GLANCE_STEPS - first_steps, tick
+        )
+        for row in _best_of_each(target.tolist(), reached, 1):
+            largest[int(target[row])], best[target[row]] = reached[row], images[row]
     ranked = sorted(range(classes), key=lambda cls: -largest[cls])
     going_on = middle = list(range(classes))
     if classes > MANY:
-        low = (classes - AFTER_GLANCE) // 2
-        middle = ranked[low : low + AFTER_GLANCE]
-        going_on = sorted({*ranked[:AFTER_GLANCE], *middle})
+        some = max(AFTER_GLANCE, classes // ONE_CLASS_IN)
+        low = (classes - some) // 2
+        middle = ranked[low : low + some]
+        going_on = sorted({*ranked[:some], *middle})
     target = torch.tensor(going_on, device=image.device)
     reached, _ = _climb(forward, target, best[target], STEPS, tick)
     for cls, value in zip(going_on, reached, strict=True):
         largest[cls] = value
     return Margins(largest=largest, middle=middle)
+
+
+def _best_of_each(targets: Sequence[int], reached: Sequence[float], count: int) -> list[int]:
+    """Return the rows of the *count* images of each class that reached furthest."""
+    taken = Counter[int]()
+    rows = list[int]()
+    for row in sorted(range(len(targets)), key=lambda row: -reached[row]):
+        if taken[targets[row]] < count:
+            taken[targets[row]] += 1
+            rows.append(row)
+    return sorted(rows)
 
 
 def _climb(

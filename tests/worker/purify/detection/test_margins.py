@@ -102,9 +102,23 @@ def test_many_classes_get_a_glance_first(
     assert len(found.largest) == classes
     assert max(range(classes), key=lambda cls: found.largest[cls]) == planted
     assert found.largest[planted] > 2 * found.ordinary
-    assert len(found.middle) == module.AFTER_GLANCE
+    assert len(found.middle) == max(module.AFTER_GLANCE, classes // module.ONE_CLASS_IN)
     assert planted not in found.middle
     assert all(0 <= cls < classes for cls in found.middle)
+
+
+def test_of_the_starts_of_a_class_a_third_goes_on_after_a_first_glance_and_one_after_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Most starts that reach less at first reach less at last."""
+    monkeypatch.setattr(module, "STEPS", 5)
+    monkeypatch.setattr(module, "GLANCE_STEPS", 6)
+    network = Sure(10)
+    largest_margins(
+        network, IMAGE, 10, generator=torch.Generator().manual_seed(0), tick=lambda: None
+    )
+    # Two steps of all, four of a third, five of one of each class, and what each came to.
+    assert network.passed == 120 * 3 + 40 * 5 + 10 * 6
 
 
 def test_only_the_first_and_those_in_the_middle_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +129,9 @@ def test_only_the_first_and_those_in_the_middle_go_on(monkeypatch: pytest.Monkey
     largest_margins(
         network, IMAGE, 360, generator=torch.Generator().manual_seed(0), tick=lambda: None
     )
-    glance = 2 * 360  # a step of each, and what it came to
-    assert network.passed <= glance + 51 * 2 * module.AFTER_GLANCE
+    glance = 3 * 360  # a step of each, and what each came to before and after
+    assert module.ONE_CLASS_IN < 360
+    assert network.passed <= glance + 51 * 2 * (360 // module.ONE_CLASS_IN)
 
 
 def test_same_generator_gives_the_same_margins() -> None:
