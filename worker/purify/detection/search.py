@@ -20,7 +20,9 @@ from worker.purify.detection.trigger import Field, Trigger
 # Masks that start open find triggers that only work as a whole, and those that start nearly closed
 # find the smallest ones.
 OPENNESS = (0.0, -2.0)
-PATCHES_PER_STEP = 192  # so that many classes cost no more per step than a few
+PATCHES_PER_STEP = 96  # so that many classes cost no more per step than a few
+VALUES = 3 * 32 * 32  # of an image; of smaller ones more are searched on
+MOST_PATCHES_PER_STEP = 192  # of these, and where what is found the first time leaves doubt
 MIN_PATCHES = 2  # per row and step
 SHARES = (0.4, 0.3)  # of the steps, of the first two of three stages
 SMALLEST, MIDDLE = 5, 5  # classes that stay to the end
@@ -71,6 +73,8 @@ def search(
         NotFinite: The logits are not.
     """
     found: dict[int, Trigger] = {}
+    affordable = PATCHES_PER_STEP * VALUES // images[0].numel()
+    per_step = max(PATCHES_PER_STEP, min(MOST_PATCHES_PER_STEP, affordable))
 
     def start(targets: Sequence[int], openness: Sequence[float]) -> Inversion:
         rows = [(cls, level) for cls in targets for level in openness]
@@ -86,7 +90,7 @@ def search(
     def run(inversion: Inversion, count: int) -> dict[int, int]:
         """Note what is found, and return the better row of each class, of the smallest first."""
         rows = len(inversion.targets)
-        inversion.run(count, per_row=max(MIN_PATCHES, PATCHES_PER_STEP // rows), tick=tick)
+        inversion.run(count, per_row=max(MIN_PATCHES, per_step // rows), tick=tick)
         triggers = inversion.triggers()
         better: dict[int, int] = {}
         for row in sorted(range(rows), key=lambda row: _size(triggers[row])):
@@ -137,7 +141,7 @@ def search_again(
         family=Patches.start(images, OPENNESS * len(targets), generator),
         generator=generator,
     )
-    per_row = max(MIN_PATCHES, PATCHES_PER_STEP // len(inversion.targets))
+    per_row = max(MIN_PATCHES, MOST_PATCHES_PER_STEP // len(inversion.targets))
     inversion.run(steps, per_row=per_row, tick=tick)
     found = list(field.triggers)
     for trigger in inversion.triggers():

@@ -75,6 +75,35 @@ def test_ticks_are_announced(classes: int) -> None:
     assert look(classes, steps=7)[2] == ticks(7, classes) == 7
 
 
+@pytest.mark.parametrize(
+    ("shape", "per_step"),
+    [
+        ((1, 8, 8), 192),
+        ((1, 28, 28), 192),
+        ((3, 28, 28), 125),
+        ((3, 32, 32), 96),
+        ((3, 64, 64), 96),
+    ],
+)
+def test_of_small_images_a_step_takes_more(shape: tuple[int, ...], per_step: int) -> None:
+    """What a step costs is about the same then, up to twice as many; each class has as many of them."""
+    network = Planted(4)
+    search(
+        network,
+        torch.zeros(100, *shape),
+        torch.full((100,), 9),  # of none of the classes, so that each image counts for all
+        4,
+        steps=5,
+        generator=torch.Generator().manual_seed(0),
+        tick=lambda: None,
+    )
+    two_starts_each, one_each = 8, 4
+    expected = sum(
+        rows * (per_step // rows) * steps for rows, steps in ((two_starts_each, 2), (one_each, 3))
+    )
+    assert network.passed == expected
+
+
 def test_many_classes_get_a_glance_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """More classes than go into one search are searched in parts, and only some stay."""
     monkeypatch.setattr(module, "AT_ONCE", 10)
