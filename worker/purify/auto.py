@@ -346,7 +346,9 @@ def _findings(evidence: Evidence) -> dict[str, object]:
         return round(evidence.index(sign, cls), 3)
 
     most = evidence.squares.scattering
-    warps = evidence.warps or [evidence.worst_warp] * evidence.classes
+    norms, searched = [evidence.worst_warp] * evidence.classes, list[int]()
+    if evidence.warps is not None:
+        norms, searched = list(evidence.warps.norms), list(evidence.warps.searched)
     return {
         "classes": [
             {
@@ -358,11 +360,11 @@ def _findings(evidence: Evidence) -> dict[str, object]:
                 "margin": round(evidence.margins.largest[cls], 3),
                 "margin_index": rounded(Sign.MARGIN, cls),
                 "warp": None if warp >= evidence.worst_warp else round(warp, 3),
-                "warp_index": None if evidence.warps is None else rounded(Sign.WARP, cls),
+                "warp_index": rounded(Sign.WARP, cls) if cls in searched else None,
                 "square_success": round(evidence.squares.triggers[cls].success, 4),
                 "square_index": rounded(Sign.SQUARE, cls),
             }
-            for cls, (patch, warp) in enumerate(zip(evidence.field.triggers, warps, strict=True))
+            for cls, (patch, warp) in enumerate(zip(evidence.field.triggers, norms, strict=True))
         ],
         "cuts": {
             str(sign): {"backdoored_from": cut.backdoored_from, "clean_below": cut.clean_below}

@@ -186,6 +186,22 @@ def test_a_model_found_clean_comes_back_unchanged_unless_forced() -> None:
 
 
 @pytest.mark.usefixtures("short_searches")
+def test_a_class_to_which_no_warp_was_searched_has_no_index(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of many classes that is most of them; what was not looked for says nothing."""
+    monkeypatch.setattr("worker.purify.detection.search.FEW", 5)
+    monkeypatch.setattr("worker.purify.detection.search.SOME", 2)
+    model, split = clean()
+    images, labels, _ = draw_clean_samples(split, 1, 0)
+    classes = preset(steps=3).purify(model, images, labels, seed=0).findings["classes"]
+    assert isinstance(classes, list)
+    indices = [entry["warp_index"] for entry in classes]
+    assert len(indices) == 10
+    assert indices.count(None) == 6  # two of the smallest are searched, and two in the middle
+
+
+@pytest.mark.usefixtures("short_searches")
 def test_an_inconclusive_model_is_not_changed_but_could_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

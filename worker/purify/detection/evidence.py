@@ -17,13 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import log2
-from statistics import median
 
 from torch.nn import functional
 
 from worker.purify.detection.margins import Margins
 from worker.purify.detection.squares import Squares
-from worker.purify.detection.trigger import SUCCESS, Field, Trigger
+from worker.purify.detection.trigger import SUCCESS, Field, Trigger, Warped
 from worker.purify.detection.verdict import Verdict
 
 
@@ -83,8 +82,8 @@ class Evidence:
         squares: The squares that lead furthest.
         field: The smallest patches.
         margins: The largest margins.
-        warps: The norm of the smallest warp that leads to each class; ``worst_warp`` where none did. None
-            where none was searched, since a square had told already.
+        warps: The norms of the smallest warps; ``worst_warp`` where none leads to a class. None where
+            none was searched, since something else had told already.
         worst_warp: What is searched at most, in pixels.
         carried: The share of shifted samples that the patch of a class leads there, where that counts.
     """
@@ -92,7 +91,7 @@ class Evidence:
     squares: Squares
     field: Field
     margins: Margins
-    warps: Sequence[float] | None
+    warps: Warped | None
     worst_warp: float
     carried: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
@@ -118,7 +117,7 @@ class Evidence:
             case Sign.WARP:
                 if self.warps is None:
                     return 0.0
-                return log2(median(self.warps) / self.warps[cls])
+                return log2(self.warps.ordinary / self.warps.norms[cls])
 
     def reaches_beyond_square(self, cls: int) -> bool:
         """

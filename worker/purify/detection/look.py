@@ -86,8 +86,7 @@ def look(
     is_doubtful = judge(found) is Verdict.INCONCLUSIVE and found.leaves_doubt(Sign.WARP)
     if found.warps is not None and is_doubtful:
         others = search.smallest_warps(field, *given, generator=generator, tick=tick)
-        smaller = [min(pair) for pair in zip(found.warps, others, strict=True)]
-        found = replace(found, warps=smaller)
+        found = replace(found, warps=found.warps.or_smaller(others))
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worker.purify.detection.families import Patches, Warps
 from worker.purify.detection.inversion import Forward, Inversion
-from worker.purify.detection.trigger import Field, Trigger
+from worker.purify.detection.trigger import Field, Trigger, Warped
 
 # Masks that start open find triggers that only work as a whole, and those that start nearly closed
 # find the smallest ones.
@@ -34,7 +34,8 @@ AFTER_GLANCE = 50
 
 WARP_STEPS, FIRST_WARP_STEPS = 150, 40
 WARPS_EACH, SMALLEST_WARPS = 2, 5  # per class at first, and in all after the first steps
-FEW = 20  # classes, up to which each has as many
+FEW = 20  # classes, up to which warps to each are searched
+SOME, ONE_CLASS_IN = 10, 20  # of more: of the smallest patches, at least, and in the middle
 IMAGES_PER_WARP = 8  # of fewer all may be led astray by chance, at any norm
 # The attack itself fails on one image of four or so, and how much more it takes to lead the last of a
 # few says little of it.
@@ -162,18 +163,23 @@ def smallest_warps(
     *,
     generator: torch.Generator,
     tick: Callable[[], None],
-) -> list[float]:
+) -> Warped:
     """
     Return the norm of the smallest warp that leads ``WARP_SUCCESS`` of the images to each class.
 
     It is ``worst_warp`` where none was found.
 
-    Of many classes only those are searched that the smallest patches of *field* lead to; the other
-    arguments are ``search``'s.
+    Of many classes only those are searched that the smallest patches of *field* lead to, and some in the
+    middle of it; the other arguments are ``search``'s.
     """
-    ranked = sorted(range(len(field.triggers)), key=lambda cls: _size(field.triggers[cls]))
-    chosen = sorted(ranked if len(ranked) <= AT_ONCE else ranked[:AFTER_GLANCE])
-    targets = chosen * (WARPS_EACH if len(chosen) <= FEW else 1)
+    chosen = ranked = sorted(range(len(field.triggers)), key=lambda cls: _size(field.triggers[cls]))
+    each = WARPS_EACH
+    if len(ranked) > FEW:
+        low = (len(ranked) - SOME) // 2
+        smallest = ranked[: max(SOME, len(ranked) // ONE_CLASS_IN)]
+        chosen, each = [*{*smallest, *ranked[low : low + SOME]}], 1
+    chosen = sorted(chosen)
+    targets = chosen * each
     inversion = Inversion(
         forward,
         images,
@@ -195,7 +201,7 @@ def smallest_warps(
 
     inversion.narrow(run(FIRST_WARP_STEPS)[:SMALLEST_WARPS])
     run(WARP_STEPS - FIRST_WARP_STEPS)
-    return norms
+    return Warped(norms=norms, searched=chosen)
 
 
 def _middle(ranked: list[int]) -> list[int]:

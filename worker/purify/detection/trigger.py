@@ -1,7 +1,7 @@
 """Recovered triggers: patches and others that send images to one class, or each class to another one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from torch import Tensor
@@ -73,3 +73,27 @@ class Field:
     def ordinary(self) -> float:
         """What an ordinary class needs, as the norm of a mask."""
         return median(self.triggers[cls].norm for cls in self.middle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warped:
+    """
+    Hold the norm of the smallest warp that leads to each class, in pixels, by class.
+
+    Attributes:
+        norms: What is searched at most where none was found, or none was searched.
+        searched: Classes whose median is that of an ordinary class.
+    """
+
+    norms: Sequence[float]
+    searched: Sequence[int]
+
+    @property
+    def ordinary(self) -> float:
+        """The norm of an ordinary class."""
+        return median(self.norms[cls] for cls in self.searched)
+
+    def or_smaller(self, others: "Warped") -> "Warped":
+        """Return the smaller one of each class."""
+        pairs = zip(self.norms, others.norms, strict=True)
+        return replace(self, norms=[min(pair) for pair in pairs])

@@ -26,7 +26,7 @@ from worker.purify.detection.grid import Grid
 from worker.purify.detection.margins import Margins
 from worker.purify.detection.scattering import Scattering
 from worker.purify.detection.squares import Squares
-from worker.purify.detection.trigger import ELSEWHERE, SUCCESS, Field, Trigger
+from worker.purify.detection.trigger import ELSEWHERE, SUCCESS, Field, Trigger, Warped
 from worker.purify.detection.verdict import Verdict
 
 WORST = 2.0
@@ -46,6 +46,11 @@ def field(*norms: float, success: float = 1.0) -> Field:
         for target, norm in enumerate(norms)
     ]
     return Field(triggers=triggers, middle=range(len(norms)))
+
+
+def warped(*norms: float) -> Warped:
+    """Return the smallest warps, all of which were searched."""
+    return Warped(norms=norms, searched=range(len(norms)))
 
 
 def scattering(classes: float) -> Scattering:
@@ -79,7 +84,7 @@ def evidence(
         squares=squares(*square),
         field=field(*(16 * 2**-index for index in patch)),
         margins=margins,
-        warps=[WORST * 2**-index for index in warp],
+        warps=warped(*(WORST * 2**-index for index in warp)),
         worst_warp=WORST,
     )
 
@@ -124,13 +129,13 @@ def test_each_sign_has_an_index_of_its_own(sign: Sign) -> None:
         assert indices == pytest.approx(expected, abs=1e-6)
 
 
-def test_an_ordinary_warp_is_the_median_of_all_and_an_ordinary_margin_that_of_the_middle() -> None:
-    """Of many classes the margins of most were only glanced at."""
+def test_ordinary_are_a_warp_that_was_searched_and_a_margin_in_the_middle() -> None:
+    """Of many classes the margins of most were only glanced at, and no warp was searched."""
     found = Evidence(
         squares=squares(0, 0, 0, 0, 0),
         field=field(16, 16, 16, 16, 16),
         margins=Margins(largest=[32.0, 7.0, 8.0, 9.0, 0.5], middle=[1, 2, 3]),
-        warps=[0.5, 1.0, 1.0, 2.0, 2.0],
+        warps=Warped(norms=[0.5, 1.0, 2.0, 2.0, 2.0], searched=[0, 1, 2]),
         worst_warp=WORST,
     )
     assert [found.index(Sign.MARGIN, cls) for cls in (0, 2, 4)] == pytest.approx([2, 0, -4])
@@ -140,7 +145,7 @@ def test_an_ordinary_warp_is_the_median_of_all_and_an_ordinary_margin_that_of_th
 def test_a_class_that_is_never_ahead_has_a_finite_index() -> None:
     """It is far below the others; and where no class gets ahead there is nothing to stand out from."""
     behind = Margins(largest=[-5.0, 8.0, 8.0, 9.0], middle=range(4))
-    plain = replace(evidence(), field=field(16, 16, 16, 16), warps=[WORST] * 4)
+    plain = replace(evidence(), field=field(16, 16, 16, 16), warps=warped(*[WORST] * 4))
     some = replace(plain, margins=behind)
     assert math.isfinite(some.index(Sign.MARGIN, 0))
     assert some.index(Sign.MARGIN, 0) < -5

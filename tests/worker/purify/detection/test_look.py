@@ -51,7 +51,7 @@ def test_no_warp_is_searched_where_a_square_has_told() -> None:
     assert told.warps is None
     warps = looked(NOTHING_PLANTED).warps
     assert warps is not None
-    assert len(warps) == CLASSES
+    assert len(warps.norms) == CLASSES
 
 
 def test_no_warp_is_searched_where_two_signs_have_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_where_it_is_doubtful_the_smaller_of_two_warps_and_patches_counts(
         found = look(model, images, labels, 10, steps=30, generator=generator, tick=lambda: None)
         assert found.warps is not None
         return {
-            "warp": list(found.warps),
+            "warp": list(found.warps.norms),
             "norm": [trigger.norm for trigger in found.field.triggers],
         }
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from worker.purify.detection import search as module
 from worker.purify.detection.inversion import Forward
 from worker.purify.detection.search import search, search_again, smallest_warps, ticks, worst_warp
-from worker.purify.detection.trigger import Field, Trigger
+from worker.purify.detection.trigger import Field, Trigger, Warped
 
 PLANTED = 1
 CLASSES = 12
@@ -184,8 +184,8 @@ def patches(norms: Sequence[float]) -> Field:
 
 def warps(
     network: Forward, field: Field, *, images: Tensor = RAMPS, seed: int = 0
-) -> tuple[list[float], int]:
-    """Return the norms of the smallest warps, and how often the search ticked."""
+) -> tuple[Warped, int]:
+    """Return the smallest warps, and how often the search ticked."""
     count = 0
 
     def tick() -> None:
@@ -205,7 +205,8 @@ def warps(
 
 def test_a_class_that_a_slight_warp_leads_to_is_found() -> None:
     """Half a pixel is what it takes, and no other class is led to by any warp."""
-    norms, count = warps(Shifted(4), patches([9.0] * 4))
+    found, count = warps(Shifted(4), patches([9.0] * 4))
+    norms = found.norms
     assert count == module.WARP_STEPS
     assert worst_warp(RAMPS) == 1.0
     assert 0.2 < norms[PLANTED] < 0.65
@@ -224,7 +225,7 @@ def test_a_warp_may_fail_on_a_few_images(immune: int, is_found: bool) -> None:
         return logits - 100 * images[:, 1, :1, 0] * (torch.arange(4) == PLANTED)
 
     images = torch.cat([RAMPS, marks], dim=1)
-    norm = warps(forward, patches([9.0] * 4), images=images)[0][PLANTED]
+    norm = warps(forward, patches([9.0] * 4), images=images)[0].norms[PLANTED]
     assert norm < 0.65 if is_found else norm == worst_warp(images)
 
 
@@ -239,16 +240,19 @@ def test_the_worst_warp_grows_with_the_image(shape: tuple[int, ...], pixels: flo
 def test_of_many_classes_only_those_with_small_patches_are_bent_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The others have the worst warp, even one that a warp would lead to."""
-    monkeypatch.setattr(module, "AT_ONCE", 10)
-    monkeypatch.setattr(module, "AFTER_GLANCE", 3)
+    """And some in the middle; the others have the worst warp, even one that a warp would lead to."""
+    monkeypatch.setattr(module, "FEW", 11)
+    monkeypatch.setattr(module, "SOME", 3)
     monkeypatch.setattr(module, "WARP_STEPS", 120)
     sizes = [9.0 - 0.1 * cls for cls in range(12)]
-    assert warps(Shifted(12), patches(sizes))[0] == [1.0] * 12  # 9, 10 and 11 are bent to
+    found, _ = warps(Shifted(12), patches(sizes))
+    assert found.searched == [5, 6, 7, 9, 10, 11]
+    assert found.norms == [1.0] * 12
     sizes[PLANTED] = 2.0
-    norms, _ = warps(Shifted(12), patches(sizes))
-    assert norms[PLANTED] < 0.75
-    assert [norm for cls, norm in enumerate(norms) if cls != PLANTED] == [1.0] * 11
+    found, _ = warps(Shifted(12), patches(sizes))
+    assert PLANTED in found.searched
+    assert found.norms[PLANTED] < 0.75
+    assert [norm for cls, norm in enumerate(found.norms) if cls != PLANTED] == [1.0] * 11
 
 
 def test_same_generator_gives_the_same_warps(monkeypatch: pytest.MonkeyPatch) -> None:
