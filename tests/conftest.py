@@ -57,10 +57,11 @@ def database(empty_database: Database) -> Database:
 @pytest.fixture
 def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut those searches of the method `auto` short whose length is no parameter of it."""
-    for name in ("detection.margins.STEPS", "detection.search.WARP_STEPS", "arsenal.STEPS"):
-        monkeypatch.setattr(f"worker.purify.{name}", 2)
-    for name in ("detection.margins.GLANCE_STEPS", "detection.search.FIRST_WARP_STEPS"):
-        monkeypatch.setattr(f"worker.purify.{name}", 1)
+    for name in ("margins.STEPS", "search.WARP_STEPS", "search.STEPS_AGAIN"):
+        monkeypatch.setattr(f"worker.purify.detection.{name}", 2)
+    for name in ("margins.GLANCE_STEPS", "search.FIRST_WARP_STEPS", "search.FIRST_STEPS_AGAIN"):
+        monkeypatch.setattr(f"worker.purify.detection.{name}", 1)
+    monkeypatch.setattr("worker.purify.arsenal.STEPS", 2)
     monkeypatch.setattr("worker.purify.arsenal.TICKS", 4 * 2)
 
 

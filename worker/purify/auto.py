@@ -360,7 +360,9 @@ def _findings(evidence: Evidence) -> dict[str, object]:
                 "margin": round(evidence.margins.largest[cls], 3),
                 "margin_index": rounded(Sign.MARGIN, cls),
                 "warp": None if warp >= evidence.worst_warp else round(warp, 3),
-                "warp_index": rounded(Sign.WARP, cls) if cls in searched else None,
+                "warp_index": rounded(Sign.WARP, cls)
+                if cls in searched or warp < evidence.worst_warp
+                else None,
                 "square_success": round(evidence.squares.triggers[cls].success, 4),
                 "square_index": rounded(Sign.SQUARE, cls),
             }

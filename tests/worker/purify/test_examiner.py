@@ -74,6 +74,8 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
         "detection.margins.GLANCE_STEPS": 20,
         "detection.search.FIRST_WARP_STEPS": 1,
         "detection.search.WARP_STEPS": 2,
+        "detection.search.FIRST_STEPS_AGAIN": 1,
+        "detection.search.STEPS_AGAIN": 2,
         "arsenal.STEPS": 120,
     }.items():
         monkeypatch.setattr(f"worker.purify.{name}", steps)

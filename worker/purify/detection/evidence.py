@@ -139,10 +139,19 @@ class Evidence:
             return index >= min(CARRIED_FROM, CUTS[sign].backdoored_from)
         return index >= CUTS[sign].backdoored_from
 
-    def leaves_doubt(self, sign: Sign) -> bool:
-        """Whether a clean model's classes would lie closer together, by this sign."""
-        highest = max(self.index(sign, cls) for cls in range(self.classes))
-        return highest >= CUTS[sign].clean_below
+    @property
+    def doubtful(self) -> list[int]:
+        """The classes that stand out further than one of a clean model does, the furthest first."""
+
+        def share(cls: int) -> float:
+            return max(self.index(sign, cls) / CUTS[sign].clean_below for sign in Sign)
+
+        found = [
+            cls
+            for cls in range(self.classes)
+            if any(self.index(sign, cls) >= CUTS[sign].clean_below for sign in Sign)
+        ]
+        return sorted(found, key=lambda cls: -share(cls))
 
 
 def whole(squares: Squares, margins: Margins) -> list[int]:
@@ -227,8 +236,7 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict.BACKDOORED
     if evidence.squares.scattering.classes >= SCATTERING.clean_below:
         return Verdict.INCONCLUSIVE
-    is_doubtful = any(evidence.leaves_doubt(sign) for sign in Sign)
-    return Verdict.INCONCLUSIVE if is_doubtful else Verdict.CLEAN
+    return Verdict.INCONCLUSIVE if evidence.doubtful else Verdict.CLEAN
 
 
 def suspects(evidence: Evidence) -> list[Suspect]:

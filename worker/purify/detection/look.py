@@ -30,7 +30,8 @@ SHIFTED, OF = 200, 20  # shifted samples, of so many at most, to see whether a p
 def ticks(image: Tensor, classes: int, steps: int) -> int:
     """Return how often ``look`` ticks at most, at images like *image* ``(C, H, W)``."""
     patches = search.ticks(steps, classes) + steps
-    others = squares.ticks(image, classes) + margins.ticks(classes) + 2 * search.WARP_STEPS
+    others = squares.ticks(image, classes) + margins.ticks(classes)
+    others += search.WARP_STEPS + search.STEPS_AGAIN
     return patches + others
 
 
@@ -47,8 +48,8 @@ def look(
     """
     Return what speaks for a backdoor; where that is doubtful, after a second look.
 
-    No warp is searched where something else has told for certain, nor a second time where none of the
-    first ones is doubtful.
+    No warp is searched where something else has told for certain. Where it is still doubtful they are
+    searched again, to the classes that may be those of a backdoor.
 
     Args:
         forward: Maps images ``(B, C, H, W)`` to logits ``(B, classes)``.
@@ -83,10 +84,12 @@ def look(
         again = search.search_again(field, *given, steps=steps, generator=generator, tick=tick)
         found = replace(found, field=again)
         found = replace(found, carried=_carried(found, forward, images, labels, generator))
-    is_doubtful = judge(found) is Verdict.INCONCLUSIVE and found.leaves_doubt(Sign.WARP)
-    if found.warps is not None and is_doubtful:
-        others = search.smallest_warps(field, *given, generator=generator, tick=tick)
-        found = replace(found, warps=found.warps.or_smaller(others))
+    is_doubtful = judge(found) is Verdict.INCONCLUSIVE
+    if found.warps is not None and is_doubtful and found.doubtful:
+        smaller = search.smaller_warps(
+            found.warps, found.doubtful, *given, generator=generator, tick=tick
+        )
+        found = replace(found, warps=smaller)
     return found
 
 

@@ -9,6 +9,7 @@ Arm Identification and Hyperparameter Optimization", AISTATS 2016, https://arxiv
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ WARP_STEPS, FIRST_WARP_STEPS = 150, 40
 WARPS_EACH, SMALLEST_WARPS = 2, 5  # per class at first, and in all after the first steps
 FEW = 20  # classes, up to which warps to each are searched
 SOME, ONE_CLASS_IN = 10, 20  # of more: of the smallest patches, at least, and in the middle
+# Where it is doubtful, to classes that may be those of a backdoor: at most so many of them, so many
+# warps to all of these together at first and after the first steps.
+DOUBTFUL, WARPS_AGAIN, LEFT_AGAIN = 4, 8, 4
+STEPS_AGAIN, FIRST_STEPS_AGAIN = 250, 100
 IMAGES_PER_WARP = 8  # of fewer all may be led astray by chance, at any norm
 # The attack itself fails on one image of four or so, and how much more it takes to lead the last of a
 # few says little of it.
@@ -179,7 +184,63 @@ def smallest_warps(
         smallest = ranked[: max(SOME, len(ranked) // ONE_CLASS_IN)]
         chosen, each = [*{*smallest, *ranked[low : low + SOME]}], 1
     chosen = sorted(chosen)
-    targets = chosen * each
+    found = _bent(
+        forward,
+        images,
+        labels,
+        chosen * each,
+        steps=(FIRST_WARP_STEPS, WARP_STEPS - FIRST_WARP_STEPS),
+        left=SMALLEST_WARPS,
+        generator=generator,
+        tick=tick,
+    )
+    worst = worst_warp(images)
+    norms = [min(worst, found.get(cls, worst)) for cls in range(len(field.triggers))]
+    return Warped(norms=norms, searched=chosen)
+
+
+def smaller_warps(
+    warps: Warped,
+    doubtful: Sequence[int],
+    forward: Forward,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+) -> Warped:
+    """
+    Return *warps* after a more thorough search of warps to the first few *doubtful* classes alone.
+
+    The smaller norm of a class counts; the other arguments are ``search``'s.
+    """
+    targets = list(doubtful)[:DOUBTFUL]
+    found = _bent(
+        forward,
+        images,
+        labels,
+        targets * (WARPS_AGAIN // len(targets)),
+        steps=(FIRST_STEPS_AGAIN, STEPS_AGAIN - FIRST_STEPS_AGAIN),
+        left=LEFT_AGAIN,
+        generator=generator,
+        tick=tick,
+    )
+    norms = [min(norm, found.get(cls, norm)) for cls, norm in enumerate(warps.norms)]
+    return replace(warps, norms=norms)
+
+
+def _bent(
+    forward: Forward,
+    images: Tensor,
+    labels: Tensor,
+    targets: Sequence[int],
+    *,
+    steps: tuple[int, int],
+    left: int,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+) -> dict[int, float]:
+    """Return the norms of the smallest warps to each of *targets*, of which the *left* best go on."""
     inversion = Inversion(
         forward,
         images,
@@ -189,19 +250,20 @@ def smallest_warps(
         generator=generator,
         success=WARP_SUCCESS,
     )
-    norms = [worst_warp(images)] * len(field.triggers)
+    norms = dict[int, float]()
 
     def run(steps: int) -> list[int]:
         """Note what is found, and return the rows, the smallest first."""
         inversion.run(steps, per_row=IMAGES_PER_WARP, tick=tick)
         found = inversion.found()
         for each in found:
-            norms[each.target] = min(norms[each.target], each.norm)
+            norms[each.target] = min(norms.get(each.target, math.inf), each.norm)
         return sorted(range(len(found)), key=lambda row: (found[row].norm, -found[row].success))
 
-    inversion.narrow(run(FIRST_WARP_STEPS)[:SMALLEST_WARPS])
-    run(WARP_STEPS - FIRST_WARP_STEPS)
-    return Warped(norms=norms, searched=chosen)
+    first, rest = steps
+    inversion.narrow(run(first)[:left])
+    run(rest)
+    return norms
 
 
 def _middle(ranked: list[int]) -> list[int]:

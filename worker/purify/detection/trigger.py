@@ -1,7 +1,7 @@
 """Recovered triggers: patches and others that send images to one class, or each class to another one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 from torch import Tensor
@@ -92,8 +92,3 @@ class Warped:
     def ordinary(self) -> float:
         """The norm of an ordinary class."""
         return median(self.norms[cls] for cls in self.searched)
-
-    def or_smaller(self, others: "Warped") -> "Warped":
-        """Return the smaller one of each class."""
-        pairs = zip(self.norms, others.norms, strict=True)
-        return replace(self, norms=[min(pair) for pair in pairs])

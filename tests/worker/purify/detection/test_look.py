@@ -86,6 +86,7 @@ def test_where_it_is_doubtful_the_smaller_of_two_warps_and_patches_counts(
 ) -> None:
     """The first look is the same either way."""
     monkeypatch.setattr("worker.purify.detection.search.WARP_STEPS", 40)
+    monkeypatch.setattr("worker.purify.detection.search.STEPS_AGAIN", 110)
     # Of so small an image no slighter one leads anywhere.
     monkeypatch.setattr("worker.purify.detection.search.worst_warp", lambda _: 4.0)
     model, split = train_clean(0)
@@ -115,10 +116,10 @@ def test_where_it_is_doubtful_the_smaller_of_two_warps_and_patches_counts(
 
 
 @pytest.mark.parametrize("doubtful", [None, Sign.PATCH, Sign.WARP])
-def test_warps_are_searched_again_only_where_they_are_what_is_doubtful(
+def test_warps_are_searched_again_where_there_is_doubt(
     monkeypatch: pytest.MonkeyPatch, doubtful: Sign | None
 ) -> None:
-    """More of them cannot take away the doubt about anything else."""
+    """Whatever is doubtful: a class that another sign leaves in doubt may be that of a warp."""
     far = {sign: Cut(backdoored_from=math.inf, clean_below=math.inf) for sign in Sign}
     near = {} if doubtful is None else {doubtful: replace(far[doubtful], clean_below=-math.inf)}
     monkeypatch.setattr("worker.purify.detection.evidence.CUTS", {**far, **near})
@@ -133,12 +134,12 @@ def test_warps_are_searched_again_only_where_they_are_what_is_doubtful(
 
         return searched
 
-    for name in ("search_again", "smallest_warps"):
+    for name in ("search_again", "smallest_warps", "smaller_warps"):
         monkeypatch.setattr(search, name, counted(name))
     looked(NOTHING_PLANTED)
     expected = {
         None: ["smallest_warps"],
-        Sign.PATCH: ["smallest_warps", "search_again"],
-        Sign.WARP: ["smallest_warps", "search_again", "smallest_warps"],
+        Sign.PATCH: ["smallest_warps", "search_again", "smaller_warps"],
+        Sign.WARP: ["smallest_warps", "search_again", "smaller_warps"],
     }
     assert searches == expected[doubtful]

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from worker.purify.detection import search as module
 from worker.purify.detection.inversion import Forward
-from worker.purify.detection.search import search, search_again, smallest_warps, ticks, worst_warp
+from worker.purify.detection.search import (
+    search,
+    search_again,
+    smaller_warps,
+    smallest_warps,
+    ticks,
+    worst_warp,
+)
 from worker.purify.detection.trigger import Field, Trigger, Warped
 
 PLANTED = 1
@@ -253,6 +260,36 @@ def test_of_many_classes_only_those_with_small_patches_are_bent_to(
     assert PLANTED in found.searched
     assert found.norms[PLANTED] < 0.75
     assert [norm for cls, norm in enumerate(found.norms) if cls != PLANTED] == [1.0] * 11
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "is_found"),
+    [([PLANTED], True), ([3, PLANTED, 2], True), ([2, 3, 4, 5, PLANTED], False)],
+)
+def test_warps_to_doubtful_classes_are_searched_alone(
+    doubtful: list[int], is_found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first few of them; the others keep what they had, as does one for which no smaller is found."""
+    monkeypatch.setattr(module, "STEPS_AGAIN", 130)
+    before, count = Warped(norms=[0.9] * 6, searched=range(6)), 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+
+    found = smaller_warps(
+        before,
+        doubtful,
+        Shifted(6),
+        RAMPS,
+        torch.zeros(12, dtype=torch.int64),
+        generator=torch.Generator().manual_seed(0),
+        tick=tick,
+    )
+    assert count == module.STEPS_AGAIN
+    assert (found.norms[PLANTED] < 0.65) == is_found
+    assert [norm for cls, norm in enumerate(found.norms) if cls != PLANTED] == [0.9] * 5
+    assert found.searched == before.searched
 
 
 def test_same_generator_gives_the_same_warps(monkeypatch: pytest.MonkeyPatch) -> None:
