@@ -69,11 +69,16 @@ class Bench:
     """A database, a store and a supervisor."""
 
     def __init__(
-        self, folder: Path, store: FileBlobStore, *, sandbox: Sandbox = Sandbox.AUTO
+        self,
+        folder: Path,
+        store: FileBlobStore,
+        *,
+        sandbox: Sandbox = Sandbox.AUTO,
+        lease_seconds: int = 60,
     ) -> None:
         self.settings = Settings(
             data_dir=folder,
-            lease_seconds=1,
+            lease_seconds=lease_seconds,
             heartbeat_seconds=0.2,
             cancel_poll_seconds=0.1,
             threads=1,
@@ -216,7 +221,7 @@ def test_closing_leaves_nothing(bench: Bench) -> None:
 
 def test_lease_is_kept_while_files_are_copied_and_stored(tmp_path: Path) -> None:
     """A disk slower than a lease costs time, not the job."""
-    bench = Bench(tmp_path, SlowStore(tmp_path / "blobs"))
+    bench = Bench(tmp_path, SlowStore(tmp_path / "blobs"), lease_seconds=1)
     job_id = bench.queue()
     assert bench.supervisor.run()
     row = bench.row(job_id)
