@@ -11,8 +11,10 @@ from collections import Counter
 from typing import cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from worker.purify.tracing import traced
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -49,31 +51,22 @@ def absorb_batch_norms(model: nn.Module, probe: Tensor) -> nn.Module:
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:
     """Return the names of each convolution and the batch norm that it can absorb."""
-    graph = fx.Tracer().trace(model)
-    modules = dict(model.named_modules())
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    graph, called_once = traced(model)
     owners = Counter(
         id(parameter)
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
     )
-
-    def is_call(node: object, kinds: tuple[type[nn.Module], ...]) -> bool:
-        return (
-            isinstance(node, fx.Node)
-            and node.op == "call_module"
-            and calls[node.target] == 1
-            # A subclass may do more than its parent.
-            and type(modules[str(node.target)]) in kinds
-        )
-
     pairs = []
     for node in graph.nodes:
-        if not is_call(node, NORMS) or modules[node.target].running_var is None:
+        norm = called_once(node)
+        # A subclass may do more than its parent.
+        if norm is None or type(norm) not in NORMS or norm.running_var is None:
             continue
         (source,) = node.args
-        if is_call(source, CONVOLUTIONS) and len(source.users) == 1:
-            weight = dict(modules[source.target].named_parameters(recurse=False)).get("weight")
+        convolution = called_once(source)
+        if convolution is not None and type(convolution) in CONVOLUTIONS and len(source.users) == 1:
+            weight = dict(convolution.named_parameters(recurse=False)).get("weight")
             # A reparametrised convolution has no parameter of this name.
             if weight is not None and owners[id(weight)] == 1:
                 pairs.append((str(source.target), str(node.target)))

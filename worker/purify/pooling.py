@@ -8,10 +8,11 @@ then, and not to the first.
 """
 
 import copy
-from collections import Counter
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+
+from worker.purify.tracing import traced
 
 RISING = (nn.ReLU, nn.ReLU6, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh)
 # Of these, what must not be negative.
@@ -45,16 +46,7 @@ def pool_first(model: nn.Module, probe: Tensor) -> nn.Module:
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:
     """Return the names of each activation and the pool that alone reads it."""
-    graph = fx.Tracer().trace(model)
-    modules = dict(model.named_modules())
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-
-    def called_once(node: object) -> nn.Module | None:
-        if isinstance(node, fx.Node) and node.op == "call_module" and calls[node.target] == 1:
-            called: nn.Module = modules[str(node.target)]
-            return called
-        return None
-
+    graph, called_once = traced(model)
     pairs = []
     for node in graph.nodes:
         pool = called_once(node)
