@@ -27,10 +27,10 @@ from worker.purify.workpiece import laid_out
 
 Forward = Callable[[Tensor], Tensor]
 
-GLANCE_STEPS, STEPS, RATE = 60, 140, 0.1
+GLANCE_STEPS, STEPS, RATE = 30, 70, 0.2
 ONE_IN = 3  # of these steps are taken with all starts, and of the starts of a class so many with the rest
 AT_ONCE = 120  # images; ten classes have twelve starts each
-TRIED = 5_000  # images that are taken a step, about
+TRIED = 2_500  # images that are taken a step, about
 MANY = 20  # classes, from which on not all are measured in full
 AFTER_GLANCE, ONE_CLASS_IN = 10, 20  # of the first classes, and of those in the middle: at least
 
