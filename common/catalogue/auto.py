@@ -22,7 +22,8 @@ Restarts = Annotated[int, Field(ge=1, le=64)]
 Layers = Annotated[int, Field(ge=1, le=1000)]
 
 
-SMALL_VALUES = 768
+# Values of an image, and the steps of a search on those that have fewer.
+SMALL_IMAGES = ((768, 300), (3 * 32 * 32, 200))
 
 
 class AutoParameters(MethodParameters):
@@ -32,7 +33,7 @@ class AutoParameters(MethodParameters):
         None,
         ge=3,
         description="Steps of the search for every class's smallest patch; classes that are soon out "
-        "of question get fewer. Preset: 200, and 300 for images below 768 values.",
+        "of question get fewer. Preset: 100, 200 for images below 3,072 values and 300 below 768.",
     )
     rounds: Rounds | None = Field(
         None,
@@ -88,7 +89,8 @@ class AutoParameters(MethodParameters):
 
 def _resolve(given: AutoParameters, samples: Samples) -> AutoParameters:
     # Small images are soon searched, and their triggers differ by a pixel.
-    steps = 300 if math.prod(samples.image_shape) < SMALL_VALUES else 200
+    values = math.prod(samples.image_shape)
+    steps = next((steps for below, steps in SMALL_IMAGES if values < below), 100)
     preset: dict[str, object] = {
         "steps": steps,
         "rounds": 1,

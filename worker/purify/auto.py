@@ -110,10 +110,10 @@ class TriggerRewriting:
         precision: What triggers are searched in; rewriting is done in float32 all the same.
     """
 
-    steps: int = 200
+    steps: int = 100
     rounds: int = 1
     restarts: int = 4
-    restart_steps: int = 200
+    restart_steps: int = 100
     layers: int = 3
     ridge: float = 0.03
     strengths: tuple[float, ...] = (0.1, 0.3, 1.0)

@@ -26,7 +26,7 @@ from worker.purify.detection.evidence import (
     whole,
 )
 from worker.purify.detection.families import Patches
-from worker.purify.detection.inversion import Forward, Inversion
+from worker.purify.detection.inversion import Forward, Inversion, pace_for
 from worker.purify.detection.look import look, ticks
 from worker.purify.detection.nearness import nearness
 from worker.purify.detection.recovered import Recovered
@@ -300,7 +300,12 @@ class Examiner:
             generator=self._generator,
         )
         per_row = max(MIN_PATCHES, FRESH_PATCHES_PER_STEP // len(rows))
-        inversion.run(self._effort.restart_steps, per_row=per_row, tick=self._tick)
+        inversion.run(
+            self._effort.restart_steps,
+            per_row=per_row,
+            tick=self._tick,
+            pace=pace_for(self._work.images[0]),
+        )
         return inversion.triggers()
 
     def pairs(self, images: Tensor, arsenal: Arsenal) -> Pairs:

@@ -11,9 +11,12 @@ What differs, and why:
 - All classes share a batch, so that a handful of images is a matter of seconds.
 - What counts is the smallest trigger seen that succeeded, not the last.
 - An image of the class itself has no part in that class's search.
+- Where images are not small the rate starts high and falls geometrically, and half as many steps suffice.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +32,41 @@ Forward = Callable[[Tensor], Tensor]
 BETAS = (0.5, 0.9)  # the reference's
 DEARER, CHEAPER = 1.05, 1 / 1.1
 PRICES = (1e-5, 100.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """
+    Say how fast a search moves.
+
+    Attributes:
+        first: What the optimiser's rate is multiplied by at first.
+        last: And at last; it falls geometrically.
+        haste: How many times in a step the price moves.
+    """
+
+    first: float
+    last: float
+    haste: float
+
+    def rate(self, done: float) -> float:
+        """Return what the rate is multiplied by when a share of the steps is *done*."""
+        return self.first * math.pow(self.last / self.first, done)
+
+    def between(self, start: float, end: float) -> "Pace":
+        """Return the pace of a part of the steps, from one share of them to another."""
+        return replace(self, first=self.rate(start), last=self.rate(end))
+
+
+STEADY = Pace(first=1.0, last=1.0, haste=1.0)
+# Large steps find the way, and small ones do not shake what is found.
+COOLING = Pace(first=3.0, last=0.3, haste=2.0)
+VALUES = 3 * 32 * 32  # of an image; smaller ones are soon searched, and missed in haste
+
+
+def pace_for(image: Tensor) -> Pace:
+    """Return how fast to search patches on images like *image* ``(C, H, W)``."""
+    return COOLING if image.numel() >= VALUES else STEADY
 
 
 class Inversion:
@@ -65,13 +103,16 @@ class Inversion:
             family.shapes, images.new_full((len(self.targets),), -1.0), enough=success
         )
 
-    def run(self, steps: int, *, per_row: int, tick: Callable[[], None]) -> None:
+    def run(
+        self, steps: int, *, per_row: int, tick: Callable[[], None], pace: Pace = STEADY
+    ) -> None:
         """
         Go on for *steps*.
 
         Args:
             per_row: Images of every step; another random choice each time if there are more.
             tick: Called after each step.
+            pace: At which the optimiser's rate and the price move.
 
         Raises:
             NotFinite: The logits are not.
@@ -80,7 +121,8 @@ class Inversion:
         targets = torch.tensor(self.targets)
         target = targets.to(images.device)
         size = min(per_row, len(images))
-        for _ in range(steps):
+        for step in range(steps):
+            self._adam.param_groups[0]["lr"] = self._family.rate * pace.rate(step / steps)
             rows = [
                 torch.randperm(len(images), generator=self._generator)[:size] for _ in self.targets
             ]
@@ -99,7 +141,8 @@ class Inversion:
             torch.autograd.backward([stamped, (self._price * norm).sum()], [gradient, None])
             self._adam.step()
             dearer = success >= self._enough
-            self._price = torch.where(dearer, self._price * DEARER, self._price * CHEAPER)
+            dearer_by, cheaper_by = DEARER**pace.haste, CHEAPER**pace.haste
+            self._price = torch.where(dearer, self._price * dearer_by, self._price * cheaper_by)
             self._price = self._price.clamp(*PRICES)
             tick()
         if not all(bool(leaf.isfinite().all()) for leaf in self._family.leaves):

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from worker.purify.detection.families import Patches, Warps
-from worker.purify.detection.inversion import Forward, Inversion
+from worker.purify.detection.inversion import STEADY, VALUES, Forward, Inversion, Pace, pace_for
 from worker.purify.detection.trigger import Field, Trigger, Warped
 
 # Masks that start open find triggers that only work as a whole, and those that start nearly closed
 # find the smallest ones.
 OPENNESS = (0.0, -2.0)
 PATCHES_PER_STEP = 96  # so that many classes cost no more per step than a few
-VALUES = 3 * 32 * 32  # of an image; of smaller ones more are searched on
-MOST_PATCHES_PER_STEP = 192  # of these, and where what is found the first time leaves doubt
+MOST_PATCHES_PER_STEP = 192  # of small images, and where what is found the first time leaves doubt
 MIN_PATCHES = 2  # per row and step
 SHARES = (0.4, 0.3)  # of the steps, of the first two of three stages
 SMALLEST, MIDDLE = 5, 5  # classes that stay to the end
@@ -81,6 +80,7 @@ def search(
     found: dict[int, Trigger] = {}
     affordable = PATCHES_PER_STEP * VALUES // images[0].numel()
     per_step = max(PATCHES_PER_STEP, min(MOST_PATCHES_PER_STEP, affordable))
+    whole = pace_for(images[0])
 
     def start(targets: Sequence[int], openness: Sequence[float]) -> Inversion:
         rows = [(cls, level) for cls in targets for level in openness]
@@ -93,10 +93,10 @@ def search(
             generator=generator,
         )
 
-    def run(inversion: Inversion, count: int) -> dict[int, int]:
+    def run(inversion: Inversion, count: int, pace: Pace = STEADY) -> dict[int, int]:
         """Note what is found, and return the better row of each class, of the smallest first."""
         rows = len(inversion.targets)
-        inversion.run(count, per_row=max(MIN_PATCHES, per_step // rows), tick=tick)
+        inversion.run(count, per_row=max(MIN_PATCHES, per_step // rows), tick=tick, pace=pace)
         triggers = inversion.triggers()
         better: dict[int, int] = {}
         for row in sorted(range(rows), key=lambda row: _size(triggers[row])):
@@ -113,12 +113,15 @@ def search(
         still = sorted({*ranked[:AFTER_GLANCE], *middle})
     inversion = start(still, OPENNESS)
     first, second = (max(1, round(share * steps)) for share in SHARES)
-    rows = run(inversion, first)
+    rows = run(inversion, first, whole.between(0, SHARES[0]))
     middle = middle or _middle(list(rows))
-    for smallest, count in ((-(-len(still) // 2), second), (SMALLEST, steps - first - second)):
+    for smallest, count, pace in (
+        (-(-len(still) // 2), second, whole.between(SHARES[0], sum(SHARES))),
+        (SMALLEST, steps - first - second, whole.between(sum(SHARES), 1)),
+    ):
         going_on = {*list(rows)[:smallest], *middle}
         inversion.narrow([row for cls, row in rows.items() if cls in going_on])
-        rows = run(inversion, count)
+        rows = run(inversion, count, pace)
     return Field(triggers=[found[cls] for cls in range(classes)], middle=middle)
 
 
@@ -148,7 +151,7 @@ def search_again(
         generator=generator,
     )
     per_row = max(MIN_PATCHES, MOST_PATCHES_PER_STEP // len(inversion.targets))
-    inversion.run(steps, per_row=per_row, tick=tick)
+    inversion.run(steps, per_row=per_row, tick=tick, pace=pace_for(images[0]))
     found = list(field.triggers)
     for trigger in inversion.triggers():
         found[trigger.target] = min(found[trigger.target], trigger, key=_size)

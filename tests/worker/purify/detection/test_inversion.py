@@ -1,13 +1,21 @@
 """Search triggers on networks whose smallest trigger is known."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from worker.purify.detection.families import Family, Patches, Perturbations, Warps
-from worker.purify.detection.inversion import Forward, Inversion
+from worker.purify.detection.inversion import (
+    COOLING,
+    STEADY,
+    Forward,
+    Inversion,
+    Pace,
+    pace_for,
+)
 from worker.purify.detection.trigger import SUCCESS, Found, Trigger
 from worker.purify.errors import NotFinite
 
@@ -90,6 +98,44 @@ def test_a_trigger_of_one_pixel_is_found_where_it_is() -> None:
     assert planted.norm < 2.5
     assert int(planted.mask.argmax()) == 5 * 8 + 6
     assert large.norm > 4 * planted.norm
+
+
+def test_the_rate_falls_by_equal_factors_and_the_price_moves_in_haste() -> None:
+    """What a search is given is what its optimiser does, and parts of it make up the whole."""
+    rates, prices = list[float](), list[float]()
+    searches = inversion([2])
+
+    def note() -> None:
+        rates.append(searches._adam.param_groups[0]["lr"] / Patches.rate)
+        prices.append(float(searches._price))
+
+    pace = Pace(first=4.0, last=0.25, haste=2.0)
+    for start, end in ((0.0, 0.5), (0.5, 1.0)):
+        searches.run(2, per_row=8, tick=note, pace=pace.between(start, end))
+    assert rates == pytest.approx([4.0, 2.0, 1.0, 0.5])
+    factors = [after / before for before, after in pairwise(prices)]
+    assert all(
+        factor == pytest.approx(1.05**2) or factor == pytest.approx(1.1**-2) for factor in factors
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "pace"), [((1, 8, 8), STEADY), ((3, 31, 32), STEADY), ((3, 32, 32), COOLING)]
+)
+def test_searches_on_small_images_do_not_cool(shape: tuple[int, ...], pace: Pace) -> None:
+    """What is missed there in haste is not worth the seconds."""
+    assert pace_for(torch.empty(shape)) is pace
+
+
+def test_a_search_that_cools_finds_a_smaller_trigger_in_as_many_steps() -> None:
+    """Large steps find the way, and small ones leave less than steps of one size do."""
+
+    def norm(pace: Pace) -> float:
+        searches = inversion([2])
+        searches.run(60, per_row=8, tick=lambda: None, pace=pace)
+        return searches.triggers()[0].norm
+
+    assert norm(COOLING) < 0.5 * norm(STEADY)
 
 
 def test_success_is_what_the_stamped_images_show() -> None:
