@@ -255,8 +255,9 @@ class TriggerRewriting:
         """
         Return what was unlearned, the results, and the one to take.
 
-        Where squares are the trigger they alone are unlearned, and everything only if that is not enough
-        or the trigger seems to be larger, on the original or when they are unlearned.
+        Where squares are the trigger, or a patch around them, these alone are unlearned, and everything
+        only if that is not enough or the trigger seems to be larger, on the original or when they are
+        unlearned.
         """
         strengths = sorted(self.strengths)
 
@@ -290,11 +291,11 @@ class TriggerRewriting:
 
         exact, candidates = examiner.exact, list[Candidate]()
         if exact is not None:
-            candidates, chosen = examiner.best(weighed(exact, NOTHING, "squares"))
+            candidates, chosen = examiner.best(weighed(exact, NOTHING, "patches"))
             if not examiner.suspects:
                 return exact, candidates, chosen
             candidates = examiner.beyond_squares(candidates, chosen, made.crops, made.labels)
-            if chosen.residual < SETTLED and not examiner.reaches_beyond_squares:
+            if chosen.residual < SETTLED and not examiner.reaches_beyond_patches:
                 return exact, candidates, chosen
         known, fresh = examiner.gather(made.crops, made.labels)
         for _ in range(self.rounds):

@@ -20,6 +20,7 @@ from worker.purify.batch_norm import absorb_batch_norms
 from worker.purify.cutting import cut_before
 from worker.purify.detection.evidence import (
     CUTS,
+    Reach,
     Sign,
     scatters,
     suspects,
@@ -155,7 +156,7 @@ class Examiner:
     @property
     def exact(self) -> Arsenal | None:
         """
-        What may suffice, where squares are triggers.
+        What may suffice, where squares are triggers, or patches around them.
 
         What goes beyond these makes a class harder to reach than it was without a backdoor, and costs
         accuracy.
@@ -171,6 +172,11 @@ class Examiner:
                 return None
             triggers = [
                 square for each in self.suspects for square in found.leading_to(each.target)
+            ]
+            triggers += [
+                self.evidence.field.triggers[each.target]
+                for each in self.suspects
+                if self.evidence.reach(each.target) is Reach.PATCH
             ]
         return Arsenal(patches=triggers, perturbations=[], warps=[])
 
@@ -192,11 +198,11 @@ class Examiner:
         return UNSEEN * (1 + self.has_pieces)
 
     @property
-    def reaches_beyond_squares(self) -> bool:
-        """Whether a suspect's trigger seems to be larger than the square that leads there."""
+    def reaches_beyond_patches(self) -> bool:
+        """Whether a suspect's trigger seems to be more than a square or a patch around it."""
         return any(
             each.beyond_square
-            or (Sign.SQUARE in each.signs and self.evidence.reaches_beyond_square(each.target))
+            or (Sign.SQUARE in each.signs and self.evidence.reach(each.target) is Reach.IMAGE)
             for each in self.suspects
         )
 

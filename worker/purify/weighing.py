@@ -16,7 +16,7 @@ from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.workpiece import in_parts
 
 Forward = Callable[[Tensor], Tensor]
-Unlearned = Literal["nothing", "squares", "everything"]
+Unlearned = Literal["nothing", "patches", "everything"]
 
 # Of the answers that change first the original was right about few: the loss grows with their square.
 # docs/auto-measurements.md has the models that this number was read off.

@@ -23,7 +23,7 @@ from examples.digits import (
 )
 from worker.architectures.registry import build
 from worker.purify.auto import HARDER, OVERSHOOTS, TriggerRewriting
-from worker.purify.detection.evidence import BESIDE
+from worker.purify.detection.evidence import BESIDE, SPREAD
 from worker.purify.detection.trigger import ELSEWHERE
 from worker.purify.detection.verdict import Verdict
 from worker.purify.examiner import Examiner
@@ -155,7 +155,7 @@ def test_an_attack_on_every_class_is_found_and_mostly_erased() -> None:
     assert {trigger.target for trigger in result.triggers} == {ELSEWHERE}
     candidates = result.findings["candidates"]
     assert isinstance(candidates, list)
-    assert {entry["unlearned"] for entry in candidates} == {"squares"}
+    assert {entry["unlearned"] for entry in candidates} == {"patches"}
     after = build("small_cnn", ARGUMENTS).eval()
     after.load_state_dict(result.apply(model.state_dict()))
     assert led_to_the_next(after, rest) < led_to_the_next(model, rest) / 2
@@ -237,19 +237,39 @@ def described(result: Purified) -> list[dict[str, Any]]:
     return candidates
 
 
-@pytest.mark.parametrize(("beside", "settled"), [(BESIDE, 1.0), (-1.0, 1.0), (BESIDE, 0.0)])
+@pytest.mark.parametrize(
+    ("beside", "spread", "settled", "more"),
+    [
+        (BESIDE, SPREAD, 1.0, False),
+        (BESIDE, SPREAD, 0.0, True),
+        (-1.0, -1.0, 1.0, True),
+        (-1.0, 1.0, 1.0, False),
+    ],
+)
 def test_a_square_is_unlearned_alone_unless_there_seems_to_be_more(
-    beside: float, settled: float, monkeypatch: pytest.MonkeyPatch
+    beside: float, spread: float, settled: float, more: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the patch lies beside it, as any does at a share below 0, or something is left of it."""
+    """Where something is left, or the patch lies beside and far away, as any does at shares below 0."""
     monkeypatch.setattr("worker.purify.detection.evidence.BESIDE", beside)
+    monkeypatch.setattr("worker.purify.detection.evidence.SPREAD", spread)
     # At 1 what squares leave is settled, however much, and at 0 it is not, however little.
     monkeypatch.setattr("worker.purify.auto.SETTLED", settled)
     result = with_lit_corner_purified()
     assert result.findings["suspects"] == [TARGET]
-    parts = ["squares"] if (beside, settled) == (BESIDE, 1.0) else ["squares", "everything"]
+    parts = ["patches", "everything"] if more else ["patches"]
     assert list(dict.fromkeys(entry["unlearned"] for entry in described(result))) == parts
     assert max(entry["overshoot"] for entry in described(result)) == max(OVERSHOOTS)
+
+
+def test_a_patch_around_its_square_is_unlearned_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are among the recovered triggers then."""
+    (square,) = with_lit_corner_purified().triggers
+    monkeypatch.setattr("worker.purify.detection.evidence.BESIDE", -1.0)
+    monkeypatch.setattr("worker.purify.detection.evidence.SPREAD", 1.0)
+    first, second = with_lit_corner_purified().triggers
+    assert torch.equal(first.mask, square.mask)
+    assert second.target == TARGET
+    assert not torch.equal(second.mask, square.mask)
 
 
 @pytest.mark.parametrize(("beside", "settled"), [(BESIDE, 1.0), (-1.0, 1.0), (BESIDE, 0.0)])
@@ -261,7 +281,7 @@ def test_it_is_looked_beyond_squares_whatever_else_speaks_against_them(
     monkeypatch.setattr("worker.purify.auto.SETTLED", settled)
     monkeypatch.setattr(Examiner, "_nearness", lambda *_: {TARGET: 2.0})
     found = described(with_lit_corner_purified())
-    assert {each["residual"] >= 0.75 for each in found if each["unlearned"] == "squares"} == {True}
+    assert {each["residual"] >= 0.75 for each in found if each["unlearned"] == "patches"} == {True}
     assert max(each["strength"] for each in found) == HARDER * max(preset().strengths)
 
 

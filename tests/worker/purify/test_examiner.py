@@ -12,7 +12,7 @@ from torch.nn.functional import leaky_relu
 from worker.purify.auto import NOTHING
 from worker.purify.detection.evidence import SCATTERING, WHOLE, Sign, Suspect, suspects
 from worker.purify.detection.scattering import Scattering
-from worker.purify.detection.trigger import ELSEWHERE
+from worker.purify.detection.trigger import ELSEWHERE, Trigger
 from worker.purify.examiner import Effort, Examiner
 from worker.purify.rewriting import Rewritten
 from worker.purify.weighing import Candidate
@@ -21,6 +21,7 @@ from worker.purify.workpiece import prepare
 IMAGES = 0.6 * torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.zeros(10, dtype=torch.int64)
 PLANTED = 4
+FURTHER, FAR = 4, 2  # columns to the right, around the edge: four, and six, from the pixel
 
 
 class OnePixel(nn.Module):
@@ -110,7 +111,7 @@ def result(network: nn.Module) -> Rewritten:
 def squares_unlearned(found: Examiner, network: nn.Module) -> Candidate:
     """Return that network as a result of which nothing is seen any more."""
     trials = found.trials(IMAGES, IMAGES, found.gather(IMAGES, LABELS)[0], NOTHING)
-    return replace(found.weigh(result(network), trials, "squares"), residual=0.0)
+    return replace(found.weigh(result(network), trials, "patches"), residual=0.0)
 
 
 def weighed(found: Examiner, answer: float) -> Candidate:
@@ -173,7 +174,7 @@ def searched(found: Examiner, answer: float) -> Candidate:
     blind = Candidate(
         strength=1.0,
         overshoot=0.0,
-        unlearned="squares",
+        unlearned="patches",
         agreement=1.0,
         lost=0.0,
         residual=0.0,
@@ -221,20 +222,41 @@ def test_squares_at_other_places_that_lead_nearly_as_far_are_unlearned_too() -> 
 
 
 def test_a_trigger_reaches_beyond_a_square_that_leads_to_a_suspect() -> None:
-    """Where its patch does not lie there; what other classes' squares and patches do says nothing."""
+    """
+    A patch around it is unlearned with it, and one far from it is not.
+
+    It tells of a trigger that is larger still. What other classes' squares and patches do says nothing.
+    """
     found = examiner()
+    seen = found.evidence
+
+    def moved(cls: int, columns: int) -> tuple[list[Trigger], Trigger]:
+        """Return what is unlearned first where the patch of *cls* lies elsewhere, and that patch."""
+        triggers = list(seen.field.triggers)
+        mask = triggers[cls].mask.roll(columns, dims=2)
+        triggers[cls] = replace(triggers[cls], mask=mask)
+        found.evidence = replace(seen, field=replace(seen.field, triggers=triggers))
+        assert found.exact is not None
+        return list(found.exact.patches), triggers[cls]
+
+    square = seen.squares.triggers[PLANTED]
     assert Sign.PATCH in found.suspects[0].signs
-    assert not found.reaches_beyond_squares
-    triggers = list(found.evidence.field.triggers)
-    elsewhere = triggers[PLANTED].mask.roll(4, dims=2)
-    triggers[PLANTED] = replace(triggers[PLANTED], mask=elsewhere)
-    field = replace(found.evidence.field, triggers=triggers)
-    found.evidence = replace(found.evidence, field=field)
-    assert found.reaches_beyond_squares
+    assert not found.reaches_beyond_patches
+    for columns in (FURTHER, FAR):
+        (alone,), _ = moved(PLANTED - 1, columns)
+        assert alone is square
+        assert not found.reaches_beyond_patches
+    (first, second), patch = moved(PLANTED, FURTHER)
+    assert first is square
+    assert second is patch
+    assert not found.reaches_beyond_patches
+    (alone,), _ = moved(PLANTED, FAR)
+    assert alone is square
+    assert found.reaches_beyond_patches
     found.suspects = [replace(found.suspects[0], signs=frozenset({Sign.PATCH}))]
-    assert not found.reaches_beyond_squares
+    assert not found.reaches_beyond_patches
     found.suspects = [replace(found.suspects[0], beyond_square=True)]
-    assert found.reaches_beyond_squares
+    assert found.reaches_beyond_patches
 
 
 def test_without_its_square_a_trigger_that_covers_the_image_is_still_seen() -> None:
@@ -247,7 +269,7 @@ def test_without_its_square_a_trigger_that_covers_the_image_is_still_seen() -> N
     assert left.residual > 0.5
     assert found.suspects[0].in_parts
     assert found.has_pieces
-    assert found.reaches_beyond_squares
+    assert found.reaches_beyond_patches
     known, fresh = found.gather(IMAGES, LABELS)
     assert known.perturbations
     tried = found.trials(IMAGES, IMAGES, known, fresh).stamped
@@ -260,7 +282,7 @@ def test_without_its_square_nothing_is_left_of_a_trigger_that_is_one() -> None:
     squares_alone = [squares_unlearned(found, OnePixel(answer=0.0))]
     assert found.beyond_squares(squares_alone, squares_alone[0], IMAGES, LABELS) == squares_alone
     assert not found.has_pieces
-    assert not found.reaches_beyond_squares
+    assert not found.reaches_beyond_patches
 
 
 def test_a_class_that_moved_away_with_its_square_is_left_at_that() -> None:

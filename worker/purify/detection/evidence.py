@@ -35,6 +35,14 @@ class Sign(StrEnum):
     WARP = "warp"  # a slight one leads there
 
 
+class Reach(StrEnum):
+    """What a trigger seems to cover to which a square answers."""
+
+    SQUARE = "square"  # that alone
+    PATCH = "patch"  # a patch around it
+    IMAGE = "image"  # places all over the image
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """From which index on a sign speaks of a backdoor, and below which of a clean model."""
@@ -62,8 +70,10 @@ SCATTERING = Cut(backdoored_from=2.6, clean_below=2.2)
 # not a piece of it.
 WHOLE = 0.04
 
-# Of a patch, more than a pixel (of 32) away from the square.
+# Of a patch, more than a pixel (of 32) away from the square; and more than so many, where it is not one
+# larger patch. docs/auto-measurements.md has the models that these were read off.
 BESIDE = 0.2
+AROUND, SPREAD = 4, 0.12
 
 # An index says nothing where there is hardly anybody to stand out from.
 MIN_CLASSES = 4
@@ -119,18 +129,26 @@ class Evidence:
                     return 0.0
                 return log2(self.warps.ordinary / self.warps.norms[cls])
 
-    def reaches_beyond_square(self, cls: int) -> bool:
+    def reach(self, cls: int) -> Reach:
         """
-        Whether the trigger of *cls* seems to be larger than any square that was tried.
+        Return how far the trigger of *cls* seems to reach beyond the squares that were tried.
 
-        The largest lead there furthest, and a patch that is out of the ordinary lies beside them.
+        It does where the largest lead there furthest, and a patch that is out of the ordinary lies beside
+        them: around them if it is a larger patch, or all over the image.
         """
         square, patch = self.squares.triggers[cls].mask, self.field.triggers[cls].mask
         if not self.squares.grid.is_largest(square) or not self.stands_out(Sign.PATCH, cls):
-            return False
-        step = self.squares.grid.step
-        around = functional.max_pool2d(square[None], 2 * step + 1, stride=1, padding=step)[0]
-        return float((patch * (1 - around)).sum()) > BESIDE * float(patch.sum())
+            return Reach.SQUARE
+
+        def further_than(pixels: int) -> float:
+            """Return which share of the patch lies further away than so many pixels (of 32)."""
+            away = pixels * self.squares.grid.step
+            around = functional.max_pool2d(square[None], 2 * away + 1, stride=1, padding=away)[0]
+            return float((patch * (1 - around)).sum() / patch.sum())
+
+        if further_than(1) <= BESIDE:
+            return Reach.SQUARE
+        return Reach.IMAGE if further_than(AROUND) > SPREAD else Reach.PATCH
 
     def stands_out(self, sign: Sign, cls: int) -> bool:
         """Whether *cls* is that of a backdoor, by this sign."""

@@ -1,8 +1,9 @@
 """Judge by squares, by the smallest patches and warps, and by the largest margins."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from worker.purify.detection.evidence import (
     WHOLE,
     Cut,
     Evidence,
+    Reach,
     Sign,
     anomaly_index,
     has_told,
@@ -321,23 +323,27 @@ def test_a_class_that_is_named_twice_takes_one_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "columns", "index", "beyond"),
+    ("side", "columns", "index", "reach"),
     [
-        (5, (2, 7), 2.0, False),  # the square itself
-        (5, (1, 8), 2.0, False),  # a pixel more on either side
-        (5, (4, 10), 2.0, True),  # a third of it further away
-        (3, (4, 10), 2.0, False),  # a larger square would have led there further
-        (5, (4, 10), 1.25, False),  # hardly smaller than another class's
+        (5, [range(2, 7)], 2.0, Reach.SQUARE),  # the square itself
+        (5, [range(1, 8)], 2.0, Reach.SQUARE),  # a pixel more on either side
+        (5, [range(4, 10)], 2.0, Reach.PATCH),  # a third of it further away
+        (5, [range(2, 11)], 2.0, Reach.PATCH),  # four pixels more
+        (5, [range(2, 13)], 2.0, Reach.IMAGE),  # six, so that two of eleven are far away
+        (5, [range(2, 7), range(14, 16)], 2.0, Reach.IMAGE),  # two of seven in another place
+        (3, [range(4, 10)], 2.0, Reach.SQUARE),  # a larger square would have led there further
+        (5, [range(4, 10)], 1.25, Reach.SQUARE),  # hardly smaller than another class's
     ],
 )
 def test_a_patch_beside_the_largest_square_speaks_of_a_larger_trigger(
-    side: int, columns: tuple[int, int], index: float, beyond: bool
+    side: int, columns: Sequence[Iterable[int]], index: float, reach: Reach
 ) -> None:
     """The square is in the columns from 2 on then, and a piece of that trigger."""
     found = by(Sign.PATCH, index)
-    square, patch = torch.zeros(1, 10, 10), torch.zeros(1, 10, 10)
+    square, patch = torch.zeros(1, 16, 16), torch.zeros(1, 16, 16)
     square[0, :side, 2 : 2 + side] = 1
-    patch[0, 0, slice(*columns)] = 1
+    for column in chain(*columns):
+        patch[0, 0, column] = 1
     patch *= found.field.triggers[0].norm / patch.sum()
     first = replace(found.squares.triggers[0], mask=square)
     grid = replace(found.squares.grid, places=torch.tensor([[0, 2, 5], [0, 2, 3]]))
@@ -348,7 +354,7 @@ def test_a_patch_beside_the_largest_square_speaks_of_a_larger_trigger(
         field=replace(found.field, triggers=[small, *found.field.triggers[1:]]),
     )
     assert seen.index(Sign.PATCH, 0) == pytest.approx(index)
-    assert seen.reaches_beyond_square(0) is beyond
+    assert seen.reach(0) is reach
 
 
 def test_a_class_is_known_by_a_whole_square_or_by_a_margin_and_another_sign() -> None:
