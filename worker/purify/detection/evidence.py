@@ -36,7 +36,7 @@ class Sign(StrEnum):
 
 
 class Reach(StrEnum):
-    """What a trigger seems to cover to which a square answers."""
+    """How far a trigger seems to reach of which a square leads to its class."""
 
     SQUARE = "square"  # that alone
     PATCH = "patch"  # a patch around it
