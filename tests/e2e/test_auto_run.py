@@ -50,8 +50,8 @@ def run(stack: Stack) -> Run:
         method="auto",
         params='{"strengths": [0.02, 1.0]}',
     )
-    ended = stack.wait_for_end(job)
-    assert (ended["state"], ended["verdict"]) == ("succeeded", "backdoored")
+    ended = stack.wait_for_success(job)
+    assert ended["verdict"] == "backdoored"
     return Run(job=ended, model=model, images=images, labels=labels, rest=rest)
 
 

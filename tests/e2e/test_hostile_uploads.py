@@ -50,4 +50,4 @@ def test_every_hostile_file_is_refused_and_nothing_else_suffers(
     assert service.memory_info().rss - before < MAX_GROWTH_BYTES
     honest = {part.name: part.content for part in parts() if part.filename is not None}
     job = stack.submit(honest, architecture="small_cnn", method="none")
-    assert stack.wait_for_end(job, seconds=120)["state"] == "succeeded"
+    stack.wait_for_success(job)

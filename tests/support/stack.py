@@ -122,6 +122,14 @@ class Stack:
                 process.wait()
                 raise
 
+    def logs(self) -> str:
+        """Return what the processes said, but for the requests: there are too many."""
+        lines = []
+        for path in self.folder.glob("*.log"):
+            said = path.read_text(errors="replace").splitlines()
+            lines += [path.name, *(line for line in said if '"event": "request"' not in line)]
+        return "\n".join(lines)
+
     def submit(self, files: Mapping[str, bytes], **fields: str) -> dict[str, Any]:
         """POST a job that must be accepted."""
         with self.client as client:
@@ -150,6 +158,12 @@ class Stack:
             if found["state"] not in {"queued", "running"}:
                 return found
         raise AssertionError(f"the job has not ended: {found}")
+
+    def wait_for_success(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Wait until the job has ended, and as it should."""
+        ended = self.wait_for_end(job)
+        assert ended["state"] == "succeeded", ended
+        return ended
 
     def wait_until_running(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Wait until the job's child is at its work."""
@@ -190,11 +204,9 @@ _FILE_NAMES = {
 def embedded_stack(folder: Path, **settings: str) -> Iterator[Stack]:
     """Run ``service serve`` alone, as ``make run`` does."""
     stack = Stack(folder, settings)
-    try:
+    with _stopped_at_the_end(stack):
         stack.start_service()
         yield stack
-    finally:
-        stack.stop()
 
 
 @contextmanager
@@ -212,12 +224,22 @@ def distributed_stack(
             **settings,
         },
     )
-    try:
+    with _stopped_at_the_end(stack):
         stack.run("alembic", "upgrade", "head")
         stack.token = stack.run("service", "tokens", "create", "pipeline").strip()
         stack.start_service()
         stack.start("worker", "worker", "celery")
         yield stack
+
+
+@contextmanager
+def _stopped_at_the_end(stack: Stack) -> Iterator[None]:
+    """Stop the stack whatever happens; its logs are shown with a test that fails in it."""
+    try:
+        yield
+    except BaseException as failure:
+        failure.add_note(stack.logs())
+        raise
     finally:
         stack.stop()
 
