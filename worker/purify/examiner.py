@@ -34,6 +34,7 @@ from worker.purify.detection.recovered import Recovered
 from worker.purify.detection.search import OPENNESS
 from worker.purify.detection.squares import still_leading
 from worker.purify.detection.trigger import ELSEWHERE, Field, Found, Trigger
+from worker.purify.in_place import elus_in_place
 from worker.purify.pooling import pool_first
 from worker.purify.precision import Precision, autocast_type
 from worker.purify.rewriting import Pairs, Rewritten
@@ -539,7 +540,7 @@ class Examiner:
 
     def _absorbed(self, model: nn.Module) -> nn.Module:
         probe = self._work.inputs(self._work.images[:PROBE_IMAGES])
-        return pool_first(absorb_batch_norms(model, probe), probe)
+        return elus_in_place(pool_first(absorb_batch_norms(model, probe), probe), probe)
 
     def _forward(self, network: nn.Module) -> Forward:
         """Return what *network* gives, in the type of the images."""
