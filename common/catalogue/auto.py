@@ -118,8 +118,8 @@ AUTO: Method[AutoParameters] = Method(
         "and its largest margin (MM-BD, Wang et al., IEEE S&P 2024), give a verdict by the classes "
         "that stand out, and rewrite the last layers in closed form so that stamped images are "
         "answered as clean ones and clean ones as before; search again, and choose by fresh evidence. "
-        "Only a model that is found backdoored is changed; where the verdict is inconclusive the "
-        "rewritten ones are further candidates."
+        "Only a model that is found backdoored is changed; where the verdict is inconclusive rewritten "
+        "ones, made in less time, are further candidates."
     ),
     parameters=AutoParameters,
     preset=_resolve,

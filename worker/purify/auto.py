@@ -169,8 +169,9 @@ class TriggerRewriting:
         """
         Return new values for the last layers of a *model* that is found backdoored.
 
-        Any other is returned as it came, unless forced; one of which nothing certain can be said has the
-        rewritten models as further ``candidates``. The verdict is about the model as it came.
+        Any other is returned as it came, unless forced; one of which nothing certain can be said has
+        rewritten models as further ``candidates``, made with fewer images and without another search. The
+        verdict is about the model as it came.
         ``findings`` holds, in plain values, ``classes``: norm, success and anomaly index of the smallest
         patch of each (and, where the index alone does not tell, its success on shifted samples), its
         largest margin, its smallest warp and the success of its best square, with their indices;
@@ -227,10 +228,15 @@ class TriggerRewriting:
             examiner.finish()
             return Purified(verdict=verdict, findings=findings, computed_in=examiner.computed_in)
 
-        made = self._variants(work, generator, resized=examiner.is_local)
-        known, candidates, chosen = self._rewritten(examiner, work, layers, made)
+        in_doubt = verdict is not Verdict.BACKDOORED and not self.force
+        # What is made then is not what is taken, so it may be made with less.
+        made = self._variants(
+            work, generator, resized=examiner.is_local, most=FEWER if in_doubt else MAX_POOL
+        )
+        rounds = 0 if in_doubt else self.rounds
+        known, candidates, chosen = self._rewritten(examiner, work, layers, made, rounds=rounds)
         examiner.finish()
-        if verdict is not Verdict.BACKDOORED and not self.force:
+        if in_doubt:
             # What may be innocent is not paid for with accuracy.
             candidates, chosen = [UNCHANGED, *candidates], UNCHANGED
         return Purified(
@@ -250,7 +256,13 @@ class TriggerRewriting:
         )
 
     def _rewritten(
-        self, examiner: Examiner, work: Workpiece, layers: Sequence[str], made: _Images
+        self,
+        examiner: Examiner,
+        work: Workpiece,
+        layers: Sequence[str],
+        made: _Images,
+        *,
+        rounds: int,
     ) -> tuple[Arsenal, list[Candidate], Candidate]:
         """
         Return what was unlearned, the results, and the one to take.
@@ -298,14 +310,18 @@ class TriggerRewriting:
             if chosen.residual < SETTLED and not examiner.reaches_beyond_patches:
                 return exact, candidates, chosen
         known, fresh = examiner.gather(made.crops, made.labels)
-        for _ in range(self.rounds):
+        for _ in range(rounds):
             (result,) = results(known, strengths[len(strengths) // 2 :][:1], [0.0])
             known = examiner.with_what_is_still_easy(known, result.model, made.crops, made.labels)
         if examiner.has_pieces:
             strengths = [*strengths, HARDER * strengths[-1]]
         return known, *examiner.best([*candidates, *weighed(known, fresh, "everything")])
 
-    def _variants(self, work: Workpiece, generator: torch.Generator, *, resized: bool) -> _Images:
+    def _variants(
+        self, work: Workpiece, generator: torch.Generator, *, resized: bool, most: int
+    ) -> _Images:
+        """Return what is made of the samples, with *most* images to rewrite with."""
+
         def variants(area: tuple[float, float], most: int) -> tuple[Tensor, Tensor]:
             given = (work.images, work.labels)
             room = min(most, MAX_POOL_VALUES // work.images[0].numel()) // len(work.images) - 1
@@ -316,7 +332,7 @@ class TriggerRewriting:
                 )
             return shifted(*given, copies=copies, flip=self.flip, generator=generator)
 
-        crops, labels = variants(AREA, MAX_POOL)
+        crops, labels = variants(AREA, most)
         pasted = some(crops, pasted_in_pairs(crops, generator), generator)
         mixed = some(pasted, mixed_in_pairs(pasted, generator), generator)
         return _Images(

@@ -219,6 +219,9 @@ def test_an_inconclusive_model_is_not_changed_but_could_be(
     assert [entry["chosen"] for entry in candidates] == [True] + [False] * len(preset().strengths)
     assert not result.candidates[0]
     assert all(result.candidates[1:])
+    # What nobody may want is made without searching again.
+    once = preset(**quick, rounds=0).purify(model, images, labels, seed=0)
+    assert once.findings == result.findings
     forced = preset(**quick, force=True).purify(model, images, labels, seed=0)
     assert forced.values
 
