@@ -6,7 +6,6 @@ weight becomes ``θ·s`` and its bias ``(b - mean)·s + shift`` with ``s = scale
 that a mask on the new weight is the same mask on the old one: ``(m·θ)·s = m·(θ·s)``.
 """
 
-import copy
 from collections import Counter
 from typing import cast
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from worker.purify.tracing import traced
+from worker.purify.tracing import changed, traced
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -35,18 +34,7 @@ def absorb_batch_norms(model: nn.Module, probe: Tensor) -> nn.Module:
     Args:
         probe: A few inputs of the model itself, in its precision and on its device.
     """
-    rewritten = copy.deepcopy(model)
-    try:
-        pairs = _pairs(rewritten)
-        for convolution, norm in pairs:
-            _absorb(
-                rewritten.get_submodule(convolution),
-                cast("_BatchNorm", rewritten.get_submodule(norm)),
-            )
-            rewritten.set_submodule(norm, nn.Identity())
-        return rewritten if pairs and _agree(model, rewritten, probe) else model
-    except Exception:  # Whatever a model's own forward makes of a symbolic input, or of the change.
-        return model
+    return changed(model, probe, _pairs, _absorb, alike=_alike)
 
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:
@@ -73,8 +61,10 @@ def _pairs(model: nn.Module) -> list[tuple[str, str]]:
     return pairs
 
 
-def _absorb(convolution: nn.Module, norm: _BatchNorm) -> None:
-    """Multiply the affine of *norm* into *convolution*, in float64 and rounded once."""
+def _absorb(model: nn.Module, pair: tuple[str, str]) -> None:
+    """Multiply the affine of a norm into its convolution, in float64 and rounded once."""
+    convolution, norm = (model.get_submodule(name) for name in pair)
+    norm = cast("_BatchNorm", norm)
     weight = convolution.get_parameter("weight")
     mean = norm.get_buffer("running_mean").double()
     scale = (norm.get_buffer("running_var").double() + norm.eps).rsqrt()
@@ -87,10 +77,9 @@ def _absorb(convolution: nn.Module, norm: _BatchNorm) -> None:
         weight.copy_(weight.double() * scale.view(-1, *[1] * (weight.ndim - 1)))
         new_bias = ((bias - mean) * scale + shift).to(weight.dtype)
     convolution.bias = nn.Parameter(new_bias, requires_grad=False)
+    model.set_submodule(pair[1], nn.Identity())
 
 
-def _agree(model: nn.Module, rewritten: nn.Module, probe: Tensor) -> bool:
-    with torch.no_grad():
-        before, after = model(probe), rewritten(probe)
-    limit = TOLERANCE[probe.dtype] * float(before.abs().max())
+def _alike(before: Tensor, after: Tensor) -> bool:
+    limit = TOLERANCE[before.dtype] * float(before.abs().max())
     return float((before - after).abs().max()) <= limit

@@ -6,12 +6,9 @@ without one; torch does the second where what they were given is gone. The answe
 last digit, and gradients but for the rounding of what was returned.
 """
 
-import copy
-
-import torch
 from torch import Tensor, fx, nn
 
-from worker.purify.tracing import CalledOnce, traced
+from worker.purify.tracing import CalledOnce, changed, traced
 
 EXPONENTIAL = (nn.ELU, nn.CELU, nn.SELU)
 # Modules whose gradient does not look at what they returned.
@@ -29,22 +26,10 @@ def elus_in_place(model: nn.Module, probe: Tensor) -> nn.Module:
     Args:
         probe: A few inputs of the model itself, in its precision and on its device.
     """
-    try:
-        names = _names(model)
-        if not names:
-            return model
-        rewritten = copy.deepcopy(model)
-        for name in names:
-            unit = rewritten.get_submodule(name)
-            assert isinstance(unit, EXPONENTIAL)
-            unit.inplace = True
-        with torch.no_grad():
-            return rewritten if torch.equal(model(probe), rewritten(probe)) else model
-    except Exception:  # Whatever a model's own forward makes of a symbolic input, or of the change.
-        return model
+    return changed(model, probe, _units, _overwrite)
 
 
-def _names(model: nn.Module) -> list[str]:
+def _units(model: nn.Module) -> list[str]:
     """Return the names of the units that may overwrite what they are given."""
     graph, called_once = traced(model)
     names = []
@@ -67,3 +52,9 @@ def _is_indifferent(source: object, called_once: CalledOnce) -> bool:
     if type(module) is nn.Identity:
         return _is_indifferent(source.args[0], called_once)
     return type(module) in INDIFFERENT
+
+
+def _overwrite(model: nn.Module, name: str) -> None:
+    unit = model.get_submodule(name)
+    assert isinstance(unit, EXPONENTIAL)
+    unit.inplace = True

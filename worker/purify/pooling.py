@@ -7,12 +7,9 @@ Gradients are the same but where it makes different values equal, by rounding: t
 then, and not to the first.
 """
 
-import copy
-
-import torch
 from torch import Tensor, nn
 
-from worker.purify.tracing import traced
+from worker.purify.tracing import changed, traced
 
 RISING = (nn.ReLU, nn.ReLU6, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh)
 # Of these, what must not be negative.
@@ -29,19 +26,7 @@ def pool_first(model: nn.Module, probe: Tensor) -> nn.Module:
     Args:
         probe: A few inputs of the model itself, in its precision and on its device.
     """
-    try:
-        pairs = _pairs(model)
-        if not pairs:
-            return model
-        rewritten = copy.deepcopy(model)
-        for activation, pool in pairs:
-            both = nn.Sequential(rewritten.get_submodule(pool), rewritten.get_submodule(activation))
-            rewritten.set_submodule(activation, nn.Identity())
-            rewritten.set_submodule(pool, both)
-        with torch.no_grad():
-            return rewritten if torch.equal(model(probe), rewritten(probe)) else model
-    except Exception:  # Whatever a model's own forward makes of a symbolic input, or of the change.
-        return model
+    return changed(model, probe, _pairs, _swap)
 
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:
@@ -63,3 +48,10 @@ def _rises(module: nn.Module | None) -> bool:
     """Whether *module* is an activation that never falls."""
     slopes = [getattr(module, name, 0.0) for name in SLOPES]
     return type(module) in RISING and min(slopes) >= 0
+
+
+def _swap(model: nn.Module, pair: tuple[str, str]) -> None:
+    activation, pool = pair
+    both = nn.Sequential(model.get_submodule(pool), model.get_submodule(activation))
+    model.set_submodule(activation, nn.Identity())
+    model.set_submodule(pool, both)

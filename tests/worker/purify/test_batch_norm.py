@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
+from tests.worker.purify.networks import PROBE, Beside, Undecided, twice
 from worker.purify.batch_norm import absorb_batch_norms
 
 
@@ -25,9 +26,6 @@ def trained(model: nn.Module) -> nn.Module:
 def norms(model: nn.Module) -> int:
     """Count the batch norms."""
     return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-
-
-PROBE = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def assert_same_answers(model: nn.Module, rewritten: nn.Module) -> None:
@@ -55,47 +53,6 @@ def test_a_batch_norm_behind_a_convolution_is_absorbed() -> None:
     assert torch.equal(model.get_parameter("0.weight"), weight)
 
 
-class Branched(nn.Module):
-    """Use what a convolution gives twice: in its batch norm and around it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Run it."""
-        hidden = self.conv(images)
-        return hidden + self.norm(hidden)  # type: ignore[no-any-return]
-
-
-class Repeated(nn.Module):
-    """Run one convolution twice, into one batch norm and past it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3)
-        self.norm = nn.BatchNorm2d(3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Run it."""
-        return self.conv(self.norm(self.conv(images)))  # type: ignore[no-any-return]
-
-
-class Undecided(nn.Module):
-    """Decide by the values of the images, which cannot be traced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Run it."""
-        hidden: Tensor = self.norm(self.conv(images))
-        return hidden if images.sum() > 0 else -hidden
-
-
 class Reaching(nn.Module):
     """Read the batch norm's weight beside calling it."""
 
@@ -111,6 +68,9 @@ class Reaching(nn.Module):
 
 def test_a_batch_norm_that_cannot_be_absorbed_stays() -> None:
     """Shared outputs, repeated or tied convolutions, odd forwards: the model comes back as it is."""
+    branched = Beside(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    repeated = twice(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+    undecided = Undecided(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     tied = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3))
     tied[2].weight = tied[0].weight
     reparametrised = nn.Sequential(
@@ -119,7 +79,7 @@ def test_a_batch_norm_that_cannot_be_absorbed_stays() -> None:
     ahead = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3))
     without = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
     for model in (
-        Branched(), Repeated(), Undecided(), Reaching(), tied, reparametrised, ahead, without
+        branched, repeated, undecided, Reaching(), tied, reparametrised, ahead, without
     ):  # fmt: skip
         trained(model)
         assert absorb_batch_norms(model, PROBE) is model

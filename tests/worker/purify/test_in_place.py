@@ -3,17 +3,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from tests.worker.purify.networks import PROBE, Beside, Falling, Undecided, convolution, twice
 from worker.purify.in_place import EXPONENTIAL, elus_in_place
-
-PROBE = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def convolution(inputs: int) -> nn.Conv2d:
-    """Return one whose outputs have either sign."""
-    torch.manual_seed(0)
-    return nn.Conv2d(inputs, 6, 3, padding=1)
 
 
 def gradient(model: nn.Module, images: Tensor) -> Tensor:
@@ -54,53 +46,12 @@ def test_no_input_is_overwritten() -> None:
     assert torch.equal(given, PROBE)
 
 
-class Beside(nn.Module):
-    """Use what a unit is given twice: in the unit and beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution, self.unit = convolution(3), nn.ELU()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return both."""
-        hidden: Tensor = self.convolution(images)
-        answer: Tensor = self.unit(hidden) + hidden
-        return answer
-
-
-class Twice(Beside):
-    """Run the same unit at two places."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return what the last of them gives."""
-        answer: Tensor = self.unit(self.unit(self.convolution(images)))
-        return answer
-
-
-class Untraceable(Beside):
-    """Ask what a tensor holds."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return what the unit gives."""
-        hidden = self.convolution(images)
-        answer: Tensor = self.unit(hidden if hidden.sum() > 0 else -hidden)
-        return answer
-
-
-class Falling(nn.ELU):
-    """Fall, though its parent rises."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the parent's answer with the other sign."""
-        return -functional.elu(hidden)
-
-
 @pytest.mark.parametrize(
     "model",
     [
-        Beside(),
-        Twice(),
-        Untraceable(),
+        Beside(convolution(3), nn.ELU()),
+        nn.Sequential(convolution(3), twice(nn.ELU(), nn.Identity())),
+        Undecided(convolution(3), nn.ELU()),
         nn.Sequential(convolution(3), Falling()),
         # Its gradient is found from what it returned.
         nn.Sequential(convolution(3), nn.Sigmoid(), nn.ELU()),

@@ -2,18 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
+from tests.worker.purify.networks import PROBE, Beside, Falling, Undecided, convolution, twice
 from worker.purify.pooling import RISING, pool_first
-
-PROBE = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def convolution(inputs: int) -> nn.Conv2d:
-    """Return one whose outputs have either sign."""
-    torch.manual_seed(0)
-    return nn.Conv2d(inputs, 6, 3, padding=1)
 
 
 def order(model: nn.Module) -> list[str]:
@@ -52,53 +44,12 @@ def test_gradients_are_the_same_where_no_value_is_rounded_to_another() -> None:
     torch.testing.assert_close(after, before)
 
 
-class Beside(nn.Module):
-    """Use what an activation gives twice: in its pool and beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution, self.activation, self.pool = convolution(3), nn.ELU(), nn.MaxPool2d(2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the pool with the mean of what it pools."""
-        hidden: Tensor = self.activation(self.convolution(images))
-        pooled: Tensor = self.pool(hidden)
-        return pooled + hidden.mean()
-
-
-class Twice(Beside):
-    """Run the same activation at two places."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return what the last of them gives."""
-        pooled: Tensor = self.activation(self.pool(self.activation(self.convolution(images))))
-        return pooled
-
-
-class Untraceable(Beside):
-    """Ask what a tensor holds."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return what is pooled."""
-        hidden = self.convolution(images)
-        pooled: Tensor = self.pool(self.activation(hidden if hidden.sum() > 0 else -hidden))
-        return pooled
-
-
-class Falling(nn.ELU):
-    """Fall, though its parent rises."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the parent's answer with the other sign."""
-        return -functional.elu(hidden)
-
-
 @pytest.mark.parametrize(
     "model",
     [
-        Beside(),
-        Twice(),
-        Untraceable(),
+        Beside(nn.Sequential(convolution(3), nn.ELU()), nn.MaxPool2d(2)),
+        nn.Sequential(convolution(3), twice(nn.ELU(), nn.MaxPool2d(2))),
+        Undecided(convolution(3), nn.ELU(), nn.MaxPool2d(2)),
         nn.Sequential(convolution(3), Falling(), nn.MaxPool2d(2)),
         nn.Sequential(convolution(3), nn.GELU(), nn.MaxPool2d(2)),
         nn.Sequential(convolution(3), nn.LeakyReLU(-1.0), nn.MaxPool2d(2)),
