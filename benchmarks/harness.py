@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from worker.purify.precision import autocast_type
+
 Row = dict[str, Any]
 RELATIONS: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 
@@ -46,6 +48,9 @@ def machine() -> Row:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": models[0] if models else platform.processor(),
+        # Processors of one name differ in their units, and ten times in speed.
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": autocast_type("auto", torch.empty(0)) is not None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -5,7 +5,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import harness
 from benchmarks.harness import conclude_by, is_met, markdown, measure_all, or_none, recorded
 
 TARGETS = {"fidelity": ">= 0.95", "asr": "<= 0.1"}
@@ -55,6 +57,26 @@ def test_what_is_recorded_is_what_was_measured(tmp_path: Path) -> None:
     assert recorded(out) == rows
     assert len(out.read_text().splitlines()) == 3
     assert recorded(tmp_path / "other.jsonl") == []
+
+
+def test_each_row_stands_below_the_machine_that_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor of the same name without the same units is another machine."""
+    out = tmp_path / "rows.jsonl"
+
+    def measure(seed: int, units: str, computed: torch.dtype | None) -> None:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: units)
+        monkeypatch.setattr(harness, "autocast_type", lambda *_: computed)
+        measure_all([{"seed": seed}], lambda _: {}, out)
+
+    measure(1, "AVX512", torch.bfloat16)
+    measure(2, "AVX512", torch.bfloat16)
+    measure(3, "AVX512", None)
+    measure(4, "AVX2", None)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    shown = [line.get("seed", (line.get("vectors"), line.get("bfloat16"))) for line in lines]
+    assert shown == [("AVX512", True), 1, 2, ("AVX512", False), 3, ("AVX2", False), 4]
 
 
 def test_a_table_has_a_line_for_its_head_and_one_for_each_row() -> None:
