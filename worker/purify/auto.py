@@ -17,7 +17,7 @@ docs/auto-measurements.md. No step sees a true trigger, a target class, or the s
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 
@@ -306,7 +306,12 @@ class TriggerRewriting:
             candidates, chosen = examiner.best(weighed(exact, NOTHING, "patches"))
             if not examiner.suspects:
                 return exact, candidates, chosen
-            candidates = examiner.beyond_squares(candidates, chosen, made.crops, made.labels)
+            if near := examiner.still_near(chosen, made.crops, made.labels):
+                examiner.suspect_beyond_squares(near)
+                left = 1 - 2 ** -max(near.values())
+                candidates = [
+                    replace(each, residual=max(each.residual, left)) for each in candidates
+                ]
             if chosen.residual < SETTLED and not examiner.reaches_beyond_patches:
                 return exact, candidates, chosen
         known, fresh = examiner.gather(made.crops, made.labels)

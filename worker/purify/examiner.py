@@ -6,7 +6,7 @@ or the success of an attack.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from statistics import median
@@ -411,23 +411,16 @@ class Examiner:
             weighed[unsearched[0]] = self._searched(weighed[unsearched[0]])
         return weighed, weighed[_leaders(weighed, spent)[-1]]
 
-    def beyond_squares(
-        self,
-        candidates: Sequence[Candidate],
-        chosen: Candidate,
-        images: Tensor,
-        labels: Tensor,
-    ) -> list[Candidate]:
+    def still_near(self, chosen: Candidate, images: Tensor, labels: Tensor) -> dict[int, float]:
         """
-        Return *candidates* with what perturbations show of suspects whose squares they unlearned.
+        Return the suspects that stay near without their squares, and their indices on such a result.
 
         A trigger that covers the image may answer to a square as well, and without it still lead there:
-        the smallest perturbation that leads to its class is then much smaller than an ordinary one's.
-        That class is a suspect for more than its square from then on.
+        the smallest perturbation that leads to its class is then much smaller than an ordinary one's, and
+        hardly larger than it was.
 
         Args:
-            candidates: Results under squares alone.
-            chosen: The one of them to look at.
+            chosen: A result under squares alone.
             images: To search on, ``(N, C, H, W)``, all that there are.
             labels: ``(N,)`` int64.
 
@@ -438,20 +431,19 @@ class Examiner:
         generator = self._generator.clone_state()
         near = self._nearness(self._fast(self._result(chosen)), images, labels, generator)
         if not any(index >= NEAR for index in near.values()):
-            return list(candidates)
+            return {}
         before = self._nearness(self._original, images, labels, generator)
-        beyond = {
+        return {
             target: index
             for target, index in near.items()
             if index >= max(NEAR, NO_FURTHER * before.get(target, 0.0))
         }
+
+    def suspect_beyond_squares(self, targets: Collection[int]) -> None:
+        """Take the squares that lead to *targets* for pieces of their triggers from now on."""
         self.suspects = [
-            replace(each, beyond_square=each.target in beyond) for each in self.suspects
+            replace(each, beyond_square=each.target in targets) for each in self.suspects
         ]
-        if not beyond:
-            return list(candidates)
-        left = 1 - 2 ** -max(beyond.values())
-        return [replace(each, residual=max(each.residual, left)) for each in candidates]
 
     def _searched(self, candidate: Candidate) -> Candidate:
         """

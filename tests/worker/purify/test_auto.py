@@ -295,7 +295,7 @@ def test_what_a_look_beyond_squares_draws_changes_nothing_else(
     monkeypatch.setattr("worker.purify.auto.SETTLED", 0.0)
     monkeypatch.setattr("worker.purify.examiner.NEAR", math.inf)  # nothing is near
     looked = with_lit_corner_purified()
-    monkeypatch.setattr(Examiner, "beyond_squares", lambda _, candidates, *__: list(candidates))
+    monkeypatch.setattr(Examiner, "still_near", lambda *_: {})
     unseeing = with_lit_corner_purified()
     assert described(looked) == described(unseeing)
     for one, other in zip(looked.candidates, unseeing.candidates, strict=True):

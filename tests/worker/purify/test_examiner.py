@@ -260,13 +260,14 @@ def test_a_trigger_reaches_beyond_a_square_that_leads_to_a_suspect() -> None:
 
 
 def test_without_its_square_a_trigger_that_covers_the_image_is_still_seen() -> None:
-    """Its class is a suspect for more than its square, and results are held to what is left."""
+    """Its class may be a suspect for more than its square from then on."""
     found = examiner(Wide())
     assert found.exact is not None
     assert not found.has_pieces
-    squares_alone = [squares_unlearned(found, Wide(answer=0.0))]
-    (left,) = found.beyond_squares(squares_alone, squares_alone[0], IMAGES, LABELS)
-    assert left.residual > 0.5
+    near = found.still_near(squares_unlearned(found, Wide(answer=0.0)), IMAGES, LABELS)
+    assert list(near) == [PLANTED]
+    assert not found.has_pieces
+    found.suspect_beyond_squares(near)
     assert found.suspects[0].in_parts
     assert found.has_pieces
     assert found.reaches_beyond_patches
@@ -277,10 +278,9 @@ def test_without_its_square_a_trigger_that_covers_the_image_is_still_seen() -> N
 
 
 def test_without_its_square_nothing_is_left_of_a_trigger_that_is_one() -> None:
-    """Then results are what they were, and the trigger a whole square."""
+    """The trigger is a whole square then."""
     found = examiner()
-    squares_alone = [squares_unlearned(found, OnePixel(answer=0.0))]
-    assert found.beyond_squares(squares_alone, squares_alone[0], IMAGES, LABELS) == squares_alone
+    assert not found.still_near(squares_unlearned(found, OnePixel(answer=0.0)), IMAGES, LABELS)
     assert not found.has_pieces
     assert not found.reaches_beyond_patches
 
@@ -288,9 +288,8 @@ def test_without_its_square_nothing_is_left_of_a_trigger_that_is_one() -> None:
 def test_a_class_that_moved_away_with_its_square_is_left_at_that() -> None:
     """It may be nearer than an ordinary one by nature; so much it was not before."""
     found = examiner(Wide())
-    squares_alone = [squares_unlearned(found, Wide(answer=0.0, faintest=1.15))]
-    assert found.beyond_squares(squares_alone, squares_alone[0], IMAGES, LABELS) == squares_alone
-    assert not found.suspects[0].beyond_square
+    further = squares_unlearned(found, Wide(answer=0.0, faintest=1.15))
+    assert not found.still_near(further, IMAGES, LABELS)
 
 
 @pytest.mark.parametrize(
