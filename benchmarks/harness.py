@@ -48,7 +48,7 @@ def machine() -> Row:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": models[0] if models else platform.processor(),
-        # Processors of one name differ in their units, and ten times in speed.
+        # Processors of one name differ in their units, and several times in speed.
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "bfloat16": autocast_type("auto", torch.empty(0)) is not None,
         "cores": os.cpu_count(),
