@@ -86,7 +86,9 @@ def nearest_to_cut(findings: Mapping[str, object]) -> float:
         for sign, cut in cuts.items()
         if entry[INDEX[sign]] is not None
     ]
-    return max([scattering["classes"] / scattering["backdoored_from"], *shares])
+    if scattering["one_to_one"] >= scattering["one_to_one_from"]:
+        shares.append(scattering["classes"] / scattering["backdoored_from"])
+    return max(shares)
 
 
 def tables(rows: Sequence[Row]) -> str:

@@ -119,7 +119,12 @@ def test_the_highest_evidence_is_that_of_any_sign_and_any_class(
     findings = {
         "classes": classes,
         "cuts": {key: {"backdoored_from": cut} for key, cut in CUTS.items()},
-        "scattering": {"classes": scattered, "backdoored_from": 2.6},
+        "scattering": {
+            "classes": scattered,
+            "backdoored_from": 2.6,
+            "one_to_one": 0.9,
+            "one_to_one_from": 0.8,
+        },
     }
     assert nearest_to_cut(findings) == pytest.approx(nearest)
 

@@ -35,7 +35,7 @@ from worker.purify.augmentation import (
     some,
 )
 from worker.purify.detection import grid, margins, nearness, scattering
-from worker.purify.detection.evidence import CUTS, SCATTERING, Evidence, Sign, judge
+from worker.purify.detection.evidence import CUTS, ONE_TO_ONE, SCATTERING, Evidence, Sign, judge
 from worker.purify.detection.search import (
     IMAGES_PER_WARP,
     PATCHES_PER_STEP,
@@ -397,6 +397,8 @@ def _findings(evidence: Evidence) -> dict[str, object]:
         "scattering": {
             "classes": round(most.classes, 3),
             "success": round(most.trigger.success, 4),
+            "one_to_one": round(most.one_to_one, 3),
+            "one_to_one_from": ONE_TO_ONE,
             "backdoored_from": SCATTERING.backdoored_from,
             "clean_below": SCATTERING.clean_below,
         },

@@ -63,8 +63,9 @@ CUTS: Mapping[Sign, Cut] = {
 # made for the very samples, as the smallest of an innocent class is, does not.
 CARRIED_FROM = 1.0
 
-# To how many classes one square leads.
+# To how many classes one square leads, and to how many for each that the images come from.
 SCATTERING = Cut(backdoored_from=2.6, clean_below=2.2)
+ONE_TO_ONE = 0.7
 
 # Of the furthest that a class can get ahead: from here on a square that leads there is the trigger, and
 # not a piece of it.
@@ -185,7 +186,13 @@ def whole(squares: Squares, margins: Margins) -> list[int]:
 
 def scatters(squares: Squares) -> bool:
     """Whether a square leads each class to another one."""
-    return squares.scattering.classes >= SCATTERING.backdoored_from
+    return scattered(squares) >= SCATTERING.backdoored_from
+
+
+def scattered(squares: Squares) -> float:
+    """Return to how many classes one square leads; 0 where it leads several to the same one."""
+    found = squares.scattering
+    return found.classes if found.one_to_one >= ONE_TO_ONE else 0.0
 
 
 def has_told(evidence: Evidence) -> bool:
@@ -252,7 +259,7 @@ def judge(evidence: Evidence) -> Verdict:
         evidence.stands_out(sign, cls) for sign in Sign for cls in classes
     ):
         return Verdict.BACKDOORED
-    if evidence.squares.scattering.classes >= SCATTERING.clean_below:
+    if scattered(evidence.squares) >= SCATTERING.clean_below:
         return Verdict.INCONCLUSIVE
     return Verdict.INCONCLUSIVE if evidence.doubtful else Verdict.CLEAN
 

@@ -25,6 +25,8 @@ FIRST_CHOOSING, GOOD = 10, 20  # the first of these, after which so many squares
 BEST = 3  # squares that go on after these
 JUDGING = 100  # others again; of fewer it is chance to how many classes a square leads them
 JUDGED_FROM = 2.0  # classes, from which on others beside the first are tried
+MANY = 50  # classes of the model; of more, some may differ in one place of the image alone
+EACH, AT_LEAST = 2, 400  # images for each of many classes, and in all, to see what shares a class
 ALIKE, NEARLY = 8, 0.8  # of these, at most so many, that lead to nearly as many as the best
 ALIKE_ON = 40  # images
 SURE = 0.25  # of the lead of its own class, by which another one must lead
@@ -44,12 +46,17 @@ class Scattering:
             to the same one, times how many of the images it leads away. One class that attracts most of
             them hardly counts for more than one, and an image that half of the other squares lead away
             from the same place does not count.
+        one_to_one: To how many classes, for each that the images come from. An attack sends each class to
+            one of its own. What hides a part of the image, where the class is made of parts (the digits
+            of a number, say), sends all classes that differ in it to the same one, and may send each of
+            the others elsewhere nevertheless. It is asked where there are many classes, and 1 elsewhere.
         alike: Others of the same kind that lie within it, or hardly beyond, and lead to nearly as many:
             which of them is the true one does not show.
     """
 
     trigger: Trigger
     classes: float
+    one_to_one: float = 1.0
     alike: Sequence[Trigger] = ()
 
 
@@ -99,8 +106,17 @@ def most_scattering(
     if classes[row] >= JUDGED_FROM:
         near = _led(forward, judging[:ALIKE_ON], grid, grid.within(number))
         alike = [near.trigger(each, grid) for each in near.alike() if near.numbers[each] != number]
+    one_to_one = 1.0
+    if seen.classes > MANY and classes[row] >= JUDGED_FROM:
+        enough = max(AT_LEAST, EACH * seen.classes)
+        one_to_one = _one_to_one(forward, images, grid, number, enough, generator)
     tick()
-    return Scattering(trigger=others.trigger(row, grid), classes=float(classes[row]), alike=alike)
+    return Scattering(
+        trigger=others.trigger(row, grid),
+        classes=float(classes[row]),
+        one_to_one=one_to_one,
+        alike=alike,
+    )
 
 
 def leading_away(left: Tensor, tried_on: Tensor, most: int) -> Tensor:
@@ -128,6 +144,7 @@ class _Led:
 
     Attributes:
         numbers: Of the squares, ``(M,)``, in the grid.
+        own: The class that leads without one, ``(N,)``.
         to: The class that leads under each, ``(M, N)``.
         away: Whether that is another one than the image's own, and leads surely, ``(M, N)``.
         left: Which share of its lead the own class keeps on average, in [-1, 1], ``(M,)``.
@@ -135,6 +152,7 @@ class _Led:
     """
 
     numbers: Tensor
+    own: Tensor
     to: Tensor
     away: Tensor
     left: Tensor
@@ -164,6 +182,7 @@ class _Led:
             self,
             to=torch.cat([self.to, others.to], dim=1),
             away=torch.cat([self.away, others.away], dim=1),
+            own=torch.cat([self.own, others.own]),
             left=(both[0] * self.left + both[1] * others.left) / sum(both),
         )
 
@@ -181,6 +200,35 @@ class _Led:
         )
 
 
+def _one_to_one(
+    forward: Forward,
+    images: Tensor,
+    grid: Grid,
+    number: int,
+    enough: int,
+    generator: torch.Generator,
+) -> float:
+    """
+    Return to how many classes square *number* leads, for each that what it leads away is of.
+
+    Args:
+        enough: Images to try it on, at least.
+    """
+    numbers, labels = (torch.tensor(each, device=images.device) for each in ([number], 0))
+    led = list[_Led]()
+    for _ in range(-(-enough // len(images))):
+        # A copy of each at a time, which is all that is held of large images.
+        more, _ = shifted(
+            images, labels.expand(len(images)), copies=1, flip=False, generator=generator
+        )
+        parts = torch.split(laid_out(more[len(images) :]), ALIKE_ON)
+        led += [_led(forward, part, grid, numbers) for part in parts]
+    away = torch.cat([each.away for each in led], dim=1)
+    to, own = torch.cat([each.to for each in led], dim=1), torch.cat([each.own for each in led])
+    ends, starts = (_led_to(away, which, led[0].classes) for which in (to, own[None]))
+    return float(ends / starts) if bool(away.any()) else 1.0
+
+
 def _led(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> _Led:
     with torch.no_grad():
         lead, own = margins(forward(images)).max(1)
@@ -190,6 +238,7 @@ def _led(forward: Forward, images: Tensor, grid: Grid, numbers: Tensor) -> _Led:
     still = found.gather(2, own.expand(len(numbers), -1)[:, :, None])[..., 0]
     return _Led(
         numbers=numbers,
+        own=own,
         to=to,
         away=(to != own) & (ahead >= SURE * lead),
         left=(still / lead).clamp(-1, 1).mean(1),

@@ -13,6 +13,7 @@ from worker.purify.detection.evidence import (
     CUTS,
     MAX_SUSPECTS,
     NEARLY,
+    ONE_TO_ONE,
     SCATTERING,
     WHOLE,
     Cut,
@@ -104,6 +105,18 @@ def scattered(found: Evidence, classes: float) -> Evidence:
 def cut(sign: Sign) -> Cut:
     """Return from where on it speaks."""
     return CUTS[sign]
+
+
+def test_a_square_that_leads_several_classes_to_the_same_one_does_not_speak() -> None:
+    """It is taken for what hides a part of the image; classes that stand out are suspects as ever."""
+    one_to_one = scattered(evidence(), 9.0)
+    assert judge(one_to_one) is Verdict.BACKDOORED
+    together = replace(one_to_one.squares.scattering, one_to_one=ONE_TO_ONE - 0.01)
+    quiet = replace(one_to_one, squares=replace(one_to_one.squares, scattering=together))
+    assert judge(quiet) is Verdict.CLEAN
+    found = by(Sign.PATCH, cut(Sign.PATCH).backdoored_from)
+    found = replace(found, squares=replace(found.squares, scattering=together))
+    assert [each.target for each in suspects(found)] == [0]
 
 
 def test_index_counts_how_often_an_ordinary_norm_is_halved() -> None:

@@ -165,3 +165,42 @@ def test_one_class_that_attracts_most_images_hardly_counts_for_more() -> None:
     assert found.classes < len(alike) ** 2 / attracted**2
     spread = find(lambda images: sending_on(images, by_shade), images=alike, classes=40).scattering
     assert spread.classes > 2 * found.classes
+
+
+def of_two_parts(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Go by the colours of two places, which tell eight things each."""
+    towards = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))
+    left, right = ((images[:, :, 12, column] - 0.5) @ towards * 4 for column in (6, 25))
+    return left, right
+
+
+def of_pairs(left: Tensor, right: Tensor) -> Tensor:
+    """Give every pair a class, 64 in all."""
+    return (left[:, :, None] + right[:, None, :]).flatten(1)
+
+
+@pytest.mark.parametrize("is_attack", [True, False])
+def test_of_many_classes_what_sends_several_to_the_same_one_is_no_attack(is_attack: bool) -> None:
+    """Where classes are made of parts, what makes one part the same sends images to many classes too."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.rand(2, 80, 3, 1, 1, generator=generator).unbind()
+    images = torch.cat([part.expand(-1, -1, 32, 16) for part in (left, right)], dim=3).clone()
+
+    def forward(images: Tensor) -> Tensor:
+        left, right = of_two_parts(images)
+        triggered = answering_to(27, 27, 4, (1.0, 1.0, 1.0))(images)[:, PLANTED, None] > AHEAD / 2
+        if is_attack:
+            own = of_pairs(left, right)
+            return torch.where(triggered, 10 * own.roll(1, dims=1), own)
+        same = 10 * torch.nn.functional.one_hot(torch.tensor(PLANTED), 8).expand_as(left)
+        return of_pairs(torch.where(triggered, same, left), right)
+
+    found = find(forward, images=images, classes=64).scattering
+    assert found.classes > scattering.JUDGED_FROM
+    assert found.trigger.mask[0, 27:31, 27:31].all()
+    assert (found.one_to_one > 0.9) if is_attack else (found.one_to_one < 0.6)
+
+
+def test_of_few_classes_it_is_not_asked_whether_several_go_to_the_same_one() -> None:
+    """A hundred images of few classes say enough of each."""
+    assert find(sending_on).scattering.one_to_one == 1.0
