@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-BENCHMARKS := auto_digits awm_digits awm_speed awm_scaling awm_outcome perturbation_step zoo auto_verdicts auto_ablation \
+BENCHMARKS := auto_digits awm_digits awm_speed awm_scaling awm_outcome perturbation_step zoo auto_verdicts auto_classes auto_ablation \
 	erase awm_large_images
 
 .PHONY: help demo run test check migrate lint bench fuzz

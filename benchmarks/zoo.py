@@ -14,7 +14,7 @@ import fcntl
 import functools
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -302,19 +302,22 @@ def subject(name: str) -> Subject:
 def provide(name: str, data: Path) -> Subject:
     """Return the model of that name; train it where it is missing, or wait for who is at it."""
     found = subject(name)
-    path = Path(found.file)
+    keep(Path(found.file), lambda: train(RECIPES[name], data))
+    return found
+
+
+def keep(path: Path, make: Callable[[], nn.Module]) -> None:
+    """Write a model's values to *path*, unless they are there; wait for who is at it."""
     if path.exists():
-        return found
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         # Cases that run at once may want the same model; the lock ends with its process.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            model = train(RECIPES[name], data)
             unfinished = path.with_suffix(".unfinished")
-            torch.save({"state_dict": model.state_dict()}, unfinished)
+            torch.save({"state_dict": make().state_dict()}, unfinished)
             unfinished.replace(path)
-    return found
 
 
 def train(recipe: Recipe, data: Path) -> nn.Module:

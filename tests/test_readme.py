@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import auto_ablation, auto_verdicts, erase
+from benchmarks import auto_ablation, auto_classes, auto_verdicts, erase
 from benchmarks.harness import recorded
 from common.settings import Settings
 from tests.support.stack import REPOSITORY
@@ -39,6 +39,7 @@ def test_every_module_is_in_the_tree() -> None:
     [
         ("erase", erase.tables(recorded(erase.RESULTS))),
         ("verdicts", auto_verdicts.tables(recorded(auto_verdicts.RESULTS))),
+        ("classes", auto_classes.table(recorded(auto_classes.RESULTS))),
         ("ablation", auto_ablation.table(recorded(auto_ablation.RESULTS))),
     ],
 )
